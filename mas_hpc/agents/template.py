@@ -1,0 +1,124 @@
+"""How a state becomes prompt tokens, and text becomes an answer or a verdict. Nothing is ever tokenized twice.
+
+A transcript is opening(task) + completion + cue(next agent) + completion + ...: sampled ids stay as they were sampled,
+and only the cue between them is encoded, so that a child's prompt continues its parent's tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from mas_hpc.agents.agent import Agent
+from mas_hpc.answers import read_answer, read_verdict
+from mas_hpc.errors import ConfigError, DataError
+from mas_hpc.types import Task, Turn
+
+
+class Template(Protocol):
+    """The dialect of a team: chat (models with a chat template) or compact (the tiny model)."""
+
+    stop_ids: tuple[int, ...]
+
+    def opening(self, task: Task, agent: Agent) -> tuple[int, ...]:
+        """Prompt of an agent that reads only the question."""
+        ...
+
+    def cue(self, task: Task, agent: Agent, previous: Turn) -> tuple[int, ...]:
+        """Tokens between the completion of `previous` and the agent's own."""
+        ...
+
+    def write(self, text: str) -> tuple[int, ...]:
+        """A completion that ends by itself, as demonstrations need it."""
+        ...
+
+    def read(self, agent: Agent, text: str) -> tuple[str | None, bool | None]:
+        """(answer, verdict) of a completion; None for what the role does not give or what is unreadable."""
+        ...
+
+
+class ChatTemplate:
+    """Each agent's instruction is a user message, each completion an assistant message of one shared conversation."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise ConfigError("model.path: its tokenizer has no chat template; choose an instruction-tuned model, or `tiny`")
+        self._tokenizer = tokenizer
+        messages = [
+            {"role": "user", "content": "QUESTION-MARK"},
+            {"role": "assistant", "content": "ANSWER-MARK"},
+            {"role": "user", "content": "CUE-MARK"},
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        self._head, rest = text.split("QUESTION-MARK")
+        _, rest = rest.split("ANSWER-MARK")
+        self._between, self._tail = rest.split("CUE-MARK")
+        end_of_turn = self._encode(self._between)[0]
+        self.stop_ids = tuple(sorted({tokenizer.eos_token_id, end_of_turn} - {None}))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def opening(self, task: Task, agent: Agent) -> tuple[int, ...]:
+        """The question and the first agent's instruction as one user message."""
+        return self._encode(f"{self._head}{task.question}\n\n{agent.instruction}{self._tail}")
+
+    def cue(self, task: Task, agent: Agent, previous: Turn) -> tuple[int, ...]:
+        """End of the assistant message (unless it was sampled), the agent's instruction, start of the next one."""
+        ids = self._encode(f"{self._between}{agent.instruction}{self._tail}")
+        return ids[1:] if previous.completion_ids[-1:] == ids[:1] else ids
+
+    def write(self, text: str) -> tuple[int, ...]:
+        """The text and the end-of-turn token."""
+        return (*self._encode(text), self._encode(self._between)[0])
+
+    def read(self, agent: Agent, text: str) -> tuple[str | None, bool | None]:
+        """Answers as in answers.read_answer, verdicts as in answers.read_verdict."""
+        if agent.role.produces == "answer":
+            return read_answer(text), None
+        return None, read_verdict(text)
+
+
+class CompactTemplate:
+    """One character a token: `Q31203=S01230.0C===!!-.Q31203=R12021.1V=====+.`; the agent samples the full stop.
+
+    The question is repeated before an answer, and the answer's first digit before a verdict (it closes the ring), so
+    that what a two-layer model must look up stands at constant distances.
+    """
+
+    END = "."
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self.stop_ids = self._encode(self.END)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        unknown = sorted(set(text) - set(self._vocabulary))
+        if unknown:
+            raise DataError(f"{text!r}: characters {unknown} are not in the tiny model's alphabet {sorted(self._vocabulary)}")
+        return tuple(self._vocabulary[character] for character in text)
+
+    def opening(self, task: Task, agent: Agent) -> tuple[int, ...]:
+        """Question and cue letter."""
+        if not task.compact:
+            raise DataError(
+                f"task {task.id}: the tiny model reads only data.kind ring and addition; "
+                "set model.path to a model with a chat template for other task sets"
+            )
+        return self._encode(f"Q{task.compact}={agent.role.letter}")
+
+    def cue(self, task: Task, agent: Agent, previous: Turn) -> tuple[int, ...]:
+        """The full stop when the turn was cut off, then the question or the first digit, then the cue letter."""
+        ended = previous.completion_ids[-1:] == self.stop_ids
+        lead = f"Q{task.compact}=" if agent.role.produces == "answer" else (previous.answer or "")[:1]
+        return self._encode(f"{'' if ended else self.END}{lead}{agent.role.letter}")
+
+    def write(self, text: str) -> tuple[int, ...]:
+        """The text and the full stop."""
+        return self._encode(text + self.END)
+
+    def read(self, agent: Agent, text: str) -> tuple[str | None, bool | None]:
+        """The answer is the text; the verdict is its last character, + or -."""
+        body = text.strip().removesuffix(self.END)
+        if agent.role.produces == "answer":
+            return body or None, None
+        return None, {"+": True, "-": False}.get(body[-1:])

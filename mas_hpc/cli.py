@@ -1,0 +1,194 @@
+"""mas-hpc <command>: a thin face over run.py. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mas_hpc.errors import MasHpcError
+
+if TYPE_CHECKING:
+    from mas_hpc.config import RunConfig
+    from mas_hpc.run import Run
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, such as configs/quickstart.yaml", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, any number of them", show_default=False)]
+
+
+@app.callback()
+def about() -> None:
+    """Post-train and evaluate multi-agent systems of language models.
+
+    Example: mas-hpc pipeline configs/quickstart.yaml method.steps=50
+    """
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Resolve and validate a configuration and print the plan; imports no torch.
+
+    Example: mas-hpc check configs/at_grpo.yaml method.group_size=4
+    """
+    from mas_hpc.plan import print_plan
+
+    print_plan(_load(config, overrides))
+
+
+@app.command(name="config")
+def reference() -> None:
+    """Print every knob with its type, default and meaning.
+
+    Example: mas-hpc config | less
+    """
+    from mas_hpc.plan import print_knobs
+
+    print_knobs()
+
+
+@app.command()
+def pipeline(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Build, warm start, evaluate, train, evaluate again and report.
+
+    Example: mas-hpc pipeline configs/quickstart.yaml seed=1
+    """
+    from mas_hpc import run as phases
+
+    def job(run: Run) -> None:
+        run = phases.warm_up(run)
+        before = phases.evaluate(run, "before")
+        phases.train(run)
+        _finish(run, [*before, *phases.evaluate(run, "after")])
+
+    _with_run(_load(config, overrides), job)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run one method (method.kind) and save its weights.
+
+    Example: mas-hpc train configs/at_grpo.yaml method.steps=20
+    """
+    from mas_hpc import run as phases
+
+    def job(run: Run) -> None:
+        phases.train(phases.warm_up(run))
+        _report(run)
+
+    _with_run(_load(config, overrides), job)
+
+
+@app.command()
+def rollout(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run a team on questions and write its traces.
+
+    Example: mas-hpc rollout configs/mas.yaml data.path=gsm8k/test.jsonl rollout.num_tasks=8
+    """
+    from mas_hpc import run as phases
+
+    def job(run: Run) -> None:
+        phases.rollout(phases.warm_up(run))
+        _report(run)
+
+    _with_run(_load(config, overrides), job)
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Measure a team, or a single agent, and its equal-token controls on held-out questions.
+
+    Example: mas-hpc evaluate configs/mas.yaml data.path=gsm8k/test.jsonl evaluation.num_tasks=20
+    """
+    from mas_hpc import run as phases
+
+    def job(run: Run) -> None:
+        run = phases.warm_up(run)
+        _finish(run, phases.evaluate(run, "before"))
+
+    _with_run(_load(config, overrides), job)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Run folder, such as runs/quickstart", show_default=False)]) -> None:
+    """Build, or build again, the HTML report of a run.
+
+    Example: mas-hpc report runs/quickstart
+    """
+    from mas_hpc.evaluation.report.build import build_report
+
+    typer.echo(f"report: {build_report(folder)}")
+
+
+@app.command()
+def bench(name: Annotated[str, typer.Argument(help="Benchmark, such as tree or rollout", show_default=False)]) -> None:
+    """Run benchmarks/bench_<name>.py: ours and its peers in one call; writes benchmarks/results/<name>.json.
+
+    Example: mas-hpc bench tree
+    """
+    import subprocess
+
+    from mas_hpc.errors import ConfigError
+
+    folder = Path(__file__).parents[1] / "benchmarks"
+    names = sorted(file.stem.removeprefix("bench_") for file in folder.glob("bench_*.py"))
+    if name not in names:
+        raise ConfigError(f"bench {name!r}: expected one of {names} (benchmarks live in a source checkout: {folder})")
+    raise typer.Exit(subprocess.call([sys.executable, str(folder / f"bench_{name}.py")]))
+
+
+def _load(file: Path, overrides: list[str] | None) -> RunConfig:
+    from mas_hpc.config import load_config
+
+    return load_config(file, overrides or [])
+
+
+def _with_run(config: RunConfig, job: Any) -> None:
+    """Join the ranks, build the run and do the job; say where the traces are when it is interrupted."""
+    from rich.console import Console
+
+    from mas_hpc import run as phases
+    from mas_hpc.distributed.world import World, connected
+
+    with connected(World.from_env()) as world:
+        console = Console(quiet=not world.is_first, soft_wrap=True)
+        run = phases.build(config, world, console)
+        console.print(f"run folder: {run.folder}", highlight=False)
+        try:
+            job(run)
+        except KeyboardInterrupt:
+            console.print(f"interrupted; every finished trace is in {run.folder / 'traces'}", style="yellow")
+            raise
+
+
+def _finish(run: Run, rows: Any) -> None:
+    from mas_hpc import run as phases
+    from mas_hpc.plan import print_results
+
+    results = phases.write_results(run, rows)
+    if run.world.is_first:
+        print_results(run.console, results)
+    _report(run)
+
+
+def _report(run: Run) -> None:
+    from mas_hpc.evaluation.report.build import build_report
+
+    if run.world.is_first:
+        run.console.print(f"report: {build_report(run.folder)}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit 1, Ctrl-C is exit 130."""
+    try:
+        app(standalone_mode=True)
+    except MasHpcError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except OSError as error:
+        typer.secho(f"error: {error.filename or 'file'}: {error.strerror}; what was written before is intact", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

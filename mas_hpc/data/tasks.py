@@ -1,0 +1,270 @@
+"""Task sets: our generators, reasoning-gym by name, GSM8K, MATH and plain jsonl. Training and test questions are disjoint."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import logging
+import random
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mas_hpc.config import AdditionConfig, DataConfig, Gsm8kConfig, JsonlConfig, MathConfig, ReasoningGymConfig, RingConfig
+from mas_hpc.data.puzzles import addition_tasks, ring_tasks
+from mas_hpc.errors import ConfigError, DataError
+from mas_hpc.types import Task
+
+Tasks = tuple[Task, ...]
+FileConfig = Gsm8kConfig | MathConfig | JsonlConfig
+log = logging.getLogger(__name__)
+
+_HASH_DEPENDENT = frozenset(
+    ("isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder")
+)
+"""Data sets of reasoning-gym 0.1.25 whose entries follow the order of Python's sets, so that every process makes others."""
+
+
+def load_tasks(config: DataConfig) -> tuple[Tasks, Tasks]:
+    """Return (training tasks, test tasks): no question is in both; the same config gives the same tasks.
+
+    Generators give exactly num_train and num_test tasks or raise ConfigError. Files give what they have, with a warning
+    when that is less, and raise DataError naming file and line for a row that cannot be used.
+    """
+    if isinstance(config, RingConfig):
+        return _cut(ring_tasks(config), config)
+    if isinstance(config, AdditionConfig):
+        return _cut(addition_tasks(config), config)
+    if isinstance(config, ReasoningGymConfig):
+        return _cut(_reasoning_gym_tasks(config), config)
+    return _from_rows(config)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last \boxed{...} or \fbox{...} whose braces balance (or of `\boxed 5$`); None when there is none.
+
+    Example: last_boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
+    """
+    for opening in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?<=\s)[^{$]+\$)", text))):
+        if opening[1] != "{":  # TeX's unbraced argument, read to the end of the formula as the MATH authors' own code does
+            return opening[1].rstrip("$").strip()
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[opening.end() :], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return text[opening.end() : opening.end() + brace.start()].strip()
+    return None
+
+
+def _cut(tasks: Sequence[Task], config: RingConfig | AdditionConfig | ReasoningGymConfig) -> tuple[Tasks, Tasks]:
+    assert len(tasks) == config.num_test + config.num_train
+    return tuple(tasks[config.num_test :]), tuple(tasks[: config.num_test])
+
+
+# ---- reasoning-gym
+
+
+def _reasoning_gym_tasks(config: ReasoningGymConfig) -> list[Task]:
+    """Distinct questions; the id says how to generate the entry again, which the library's own scorer needs for grading.
+
+    `answer` is "" where the library gives none and only scores.
+    """
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ConfigError("data.kind=reasoning_gym: the library is not installed; run: pip install 'reasoning-gym>=0.1.25'")
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    if config.name not in DATASETS:
+        near = difflib.get_close_matches(config.name, DATASETS, n=5, cutoff=0.4)
+        raise ConfigError(f"data.name={config.name!r}: reasoning-gym has no such data set; near names: {near or sorted(DATASETS)}")
+    if config.name in _HASH_DEPENDENT and sys.flags.hash_randomization:
+        raise ConfigError(
+            f"data.name={config.name!r}: its questions change with Python's hash seed, so ranks and graders would disagree; "
+            "set the environment variable PYTHONHASHSEED=0, or choose another data set"
+        )
+    wanted = config.num_test + config.num_train
+    num_entries = 4 * wanted  # some data sets repeat themselves
+    try:
+        entries = create_dataset(config.name, seed=config.seed, size=num_entries)
+    except (AssertionError, TypeError) as error:
+        raise ConfigError(f"data.name={config.name!r}: needs settings of its own ({error}); choose another data set") from None
+    tasks: dict[str, Task] = {}
+    for index in range(num_entries):
+        entry = entries[index]
+        identity = f"reasoning_gym/{config.name}/{config.seed}/{num_entries}/{index}"
+        task = Task(id=identity, question=entry["question"], answer=entry["answer"] or "", grader="reasoning_gym")
+        tasks.setdefault(task.question, task)
+        if len(tasks) == wanted:
+            return list(tasks.values())
+    raise ConfigError(
+        f"data.num_train={config.num_train}, data.num_test={config.num_test}: {wanted} distinct questions wanted, but "
+        f"{num_entries} draws of {config.name!r} gave {len(tasks)}; ask for fewer"
+    )
+
+
+# ---- files and hub data sets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One line of a data set.
+
+    Example: _Row(split="test", number=1, where="gsm8k/test.jsonl:1", values={"question": "...", "answer": "... #### 42"})
+    """
+
+    split: str
+    number: int
+    where: str
+    values: Mapping[str, Any]
+
+
+def _from_rows(config: FileConfig) -> tuple[Tasks, Tasks]:
+    splits = {name: _unique(_to_task(row, config) for row in rows) for name, rows in _read_splits(config).items()}
+    rng = random.Random(config.seed)
+    for tasks in splits.values():
+        rng.shuffle(tasks)
+    if "train" in splits and "test" in splits:
+        test = splits["test"][: config.num_test]
+        taken = {task.question for task in splits["test"]}
+        rest = [task for task in splits["train"] if task.question not in taken]
+    else:
+        (tasks,) = splits.values()
+        test, rest = tasks[: config.num_test], tasks[config.num_test :]
+    train = rest[: config.num_train]
+    if not train:
+        raise DataError(
+            f"data.path={config.path}: {sum(map(len, splits.values()))} different questions, of which data.num_test={config.num_test} "
+            "leaves none for training; lower data.num_test"
+        )
+    for key, found, asked in (("num_train", len(train), config.num_train), ("num_test", len(test), config.num_test)):
+        if found < asked:
+            log.warning("data.path=%s: %d questions for data.%s=%d; using those", config.path, found, key, asked)
+    return tuple(train), tuple(test)
+
+
+def _unique(tasks: Iterable[Task]) -> list[Task]:
+    """The first task of every question."""
+    first: dict[str, Task] = {}
+    for task in tasks:
+        first.setdefault(task.question, task)
+    return list(first.values())
+
+
+def _read_splits(config: FileConfig) -> dict[str, list[_Row]]:
+    """Rows by split name: train and test, or the one split that there is."""
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return {split: _read_jsonl(path / f"{split}.jsonl", split) for split in ("train", "test")}
+    looks_local = path.suffix in (".json", ".jsonl") or config.path.startswith((".", "/", "~")) or len(path.parts) > 2
+    if path.is_file() or looks_local or isinstance(config, JsonlConfig):
+        return {path.stem: _read_jsonl(path, path.stem)}
+    return _read_hub(config)
+
+
+def _read_jsonl(file: Path, split: str) -> list[_Row]:
+    if not file.is_file():
+        raise DataError(
+            f"data.path: {file}: no such file; expected one JSON object a line (a folder needs train.jsonl and test.jsonl; "
+            f"a single file is split){_near_names(file)}"
+        )
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); expected one JSON object a line") from None
+    rows = list(_parse_lines(file, split, lines))
+    if not rows:
+        raise DataError(f"{file}: the file is empty; expected one JSON object a line")
+    return rows
+
+
+def _parse_lines(file: Path, split: str, lines: Sequence[str]) -> Iterator[_Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: a JSON {type(values).__name__}; expected one object a line")
+        yield _Row(split=split, number=number, where=where, values=values)
+
+
+def _near_names(file: Path) -> str:
+    folder = file.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder} either"
+    near = difflib.get_close_matches(file.name, [entry.name for entry in folder.iterdir()], n=3, cutoff=0.4)
+    return f"; perhaps {near}" if near else ""
+
+
+def _read_hub(config: FileConfig) -> dict[str, list[_Row]]:
+    import datasets
+
+    try:
+        names = datasets.get_dataset_config_names(config.path)
+        splits = datasets.load_dataset(config.path, "main" if "main" in names else None)
+    except (OSError, ValueError) as error:  # ConnectionError, DatasetNotFoundError, several configurations, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"data.path={config.path!r}: no such file or folder here, and as a data set of the hub: {reason}; "
+            f"expected a folder with train.jsonl and test.jsonl, one jsonl file, or a hub name{_near_names(Path(config.path))}"
+        ) from None
+    chosen = [split for split in ("train", "test") if split in splits] or list(splits)[:1]
+    return {
+        split: [
+            _Row(split=split, number=number, where=f"{config.path} ({split}), row {number}", values=values)
+            for number, values in enumerate(splits[split], 1)
+        ]
+        for split in chosen
+    }
+
+
+# ---- one row -> one task
+
+
+def _to_task(row: _Row, config: FileConfig) -> Task:
+    identity = f"{config.kind}/{row.split}/{row.number}"
+    if isinstance(config, JsonlConfig):
+        question, answer = _text(row, config.question_key, "data.question_key"), _text(row, config.answer_key, "data.answer_key")
+        return Task(id=identity, question=question, answer=answer, grader=config.grader)
+    question_key, read = _READERS[config.kind]
+    return Task(id=identity, question=_text(row, question_key, "data.kind"), answer=read(row), grader="math")
+
+
+def _gsm8k_answer(row: _Row) -> str:
+    text = _text(row, "answer", "data.kind")
+    _, marker, tail = text.rpartition("####")
+    answer = tail.strip().rstrip(".").replace(",", "").removeprefix("$")
+    if not marker or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
+        raise DataError(f"{row.where}: the answer ends in {text[-40:]!r}; expected '#### <number>' (data.kind=jsonl takes bare answers)")
+    return answer
+
+
+def _math_answer(row: _Row) -> str:
+    answer = last_boxed(_text(row, "solution", "data.kind")) if "solution" in row.values else None
+    if answer:
+        return answer
+    if "answer" not in row.values:
+        raise DataError(f"{row.where}: no balanced \\boxed{{}} in 'solution' and no column 'answer'; it has {sorted(row.values)}")
+    return _text(row, "answer", "data.kind")
+
+
+_READERS: dict[str, tuple[str, Callable[[_Row], str]]] = {"gsm8k": ("question", _gsm8k_answer), "math": ("problem", _math_answer)}
+
+
+def _text(row: _Row, column: str, knob: str) -> str:
+    """The column as trimmed text; numbers are written out."""
+    if column not in row.values:
+        raise DataError(f"{row.where}: no column {column!r}; it has {sorted(row.values)}; set {knob}")
+    value = row.values[column]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(f"{row.where}: column {column!r} holds {value!r:.60}; expected text or a number")
+    text = str(value).strip()
+    if not text:
+        raise DataError(f"{row.where}: column {column!r} is empty; expected text or a number")
+    return text

@@ -1,0 +1,123 @@
+"""Evaluation rows: the team and its controls, each as right-or-wrong on the same questions with the tokens that it took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from mas_hpc.evaluation.graders import grade
+from mas_hpc.evaluation.metrics import VerdictBalance, balanced_verdicts, majority, paired_test, tokens_per_question, wilson
+from mas_hpc.types import Trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One system measured on the held-out questions.
+
+    Example: Row(name="team", phase="after", temperature=1.0, right=(True, False), tokens_per_question=21.5)
+    """
+
+    name: str
+    phase: str
+    """before or after the method's training."""
+    temperature: float
+    right: tuple[bool, ...]
+    """One entry a question, in the same order in every row."""
+    tokens_per_question: float
+    verdicts: dict[str, VerdictBalance]
+    """Balance of each judging agent; empty where nobody judges."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return fmean(self.right)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for results.json, with the 95% Wilson interval."""
+        low, high = wilson(sum(self.right), len(self.right))
+        return {**asdict(self), "accuracy": self.accuracy, "low": low, "high": high, "num_questions": len(self.right)}
+
+
+def team_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
+    """The team's own answers."""
+    right = tuple(trace.reward == 1.0 for trace in traces)
+    return Row(
+        name="team", phase=phase, temperature=temperature, right=right, tokens_per_question=tokens_per_question(traces),
+        verdicts=verdict_balance(traces),
+    )  # fmt: skip
+
+
+def first_speaker_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
+    """The team's first agent alone: the first turns of the team's own traces."""
+    first = [trace.path[0] for trace in traces]
+    return Row(
+        name=f"{first[0].agent} alone", phase=phase, temperature=temperature, right=tuple(bool(turn.truth) for turn in first),
+        tokens_per_question=fmean(len(turn.completion_ids) for turn in first), verdicts={},
+    )  # fmt: skip
+
+
+def vote_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
+    """Majority vote over the siblings of each trace's only state."""
+    right = tuple(grade(trace.task, majority(turn.answer for turn in trace.turns)) for trace in traces)
+    size = len(traces[0].turns)
+    return Row(
+        name=f"majority vote of {size}", phase=phase, temperature=temperature, right=right,
+        tokens_per_question=tokens_per_question(traces), verdicts={},
+    )  # fmt: skip
+
+
+def best_of_n_row(tries: Sequence[Sequence[Trace]], *, phase: str, temperature: float) -> Row:
+    """Fresh (answer, verdict) tries, taken in order until the team's own critic accepts one; the last if it accepts none.
+
+    `tries[question]` are the tries that were made. Tokens count answers and verdicts.
+    """
+    return Row(
+        name=f"best of {max(map(len, tries))}, own critic", phase=phase, temperature=temperature,
+        right=tuple(made[-1].reward == 1.0 for made in tries),
+        tokens_per_question=fmean(sum(trace.num_completion_tokens for trace in made) for made in tries),
+        verdicts=verdict_balance([trace for made in tries for trace in made]),
+    )  # fmt: skip
+
+
+def equal_budget(team_tokens: float, tokens_per_try: float) -> int:
+    """Tries that cost at least the team's tokens: rounded up, in the control's favour."""
+    return max(1, math.ceil(team_tokens / max(tokens_per_try, 1.0) - 1e-9))
+
+
+def verdict_balance(traces: Sequence[Trace]) -> dict[str, VerdictBalance]:
+    """Per judging agent: its committed verdicts against the truth; agents that never judge are left out."""
+    pairs: dict[str, list[tuple[bool | None, bool]]] = {}
+    for turn in (turn for trace in traces for turn in trace.path if turn.answer is None and turn.truth is not None):
+        pairs.setdefault(turn.agent, []).append((turn.verdict, turn.truth))
+    judged = {turn.agent for trace in traces for turn in trace.path if turn.verdict is not None}
+    return {agent: balanced_verdicts(found) for agent, found in pairs.items() if agent in judged}
+
+
+def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Paired tests of the team, before against after, for each temperature that has both."""
+    found = []
+    for after in (row for row in rows if row.name == "team" and row.phase == "after"):
+        for before in (row for row in rows if (row.name, row.phase, row.temperature) == ("team", "before", after.temperature)):
+            found.append({"temperature": after.temperature, **asdict(paired_test(before.right, after.right))})
+    return found
+
+
+def who_wins(rows: Sequence[Row]) -> str:
+    """One plain sentence: the team as last measured against its best control at temperature above 0, by a paired test."""
+    phase = "after" if any(row.phase == "after" for row in rows) else "before"
+    sampled = [row for row in rows if row.phase == phase and row.temperature > 0]
+    team = next((row for row in sampled if row.name == "team"), None)
+    controls = [row for row in sampled if row.name != "team"]
+    if team is None or not controls:
+        return "No control was run beside the team."
+    best = max(controls, key=lambda row: row.accuracy)
+    test = paired_test(best.right, team.right)
+    verb = "equals, within noise," if test.low <= 0 <= test.high else ("beats" if test.difference > 0 else "loses to")
+    return (
+        f"At T={team.temperature:g} the team ({team.accuracy:.1%}, {team.tokens_per_question:.0f} tokens a question) {verb} "
+        f"its best control, {best.name} ({best.accuracy:.1%}, {best.tokens_per_question:.0f} tokens): "
+        f"{100 * test.difference:+.1f} points [{100 * test.low:+.1f}, {100 * test.high:+.1f}], p={test.p_value:.2g}."
+    )

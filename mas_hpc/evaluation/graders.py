@@ -1,0 +1,111 @@
+"""Is a given answer right? Model text is untrusted: unreadable, endless or hostile text is wrong, never an error."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from mas_hpc.errors import DataError
+from mas_hpc.evaluation.judge import Judge, JudgeError
+from mas_hpc.types import Task
+
+MAX_CHARS = 4000
+"""Longer answers are wrong: the longest references (boards) have some hundred characters."""
+MAX_FORMULA_CHARS = 300
+"""The same for formulas; the longest reference of MATH-500 has 53."""
+
+_NUMBER = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)?(\.\d+)?")
+_FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}|([+-]?)(\d+)\s*/\s*(\d+)")
+_CALL = re.compile(r"(\w+|[)\]}'\"])\s*\(")
+_FUNCTIONS = frozenset("sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log ln sqrt Abs abs and or not in".split())
+_judge = Judge()
+
+
+def grade(task: Task, answer: str | None) -> bool:
+    """Does `answer` solve the task? None (no readable answer) is wrong. Raises DataError when the task itself is unusable."""
+    if task.grader not in GRADERS:
+        raise DataError(f"task {task.id}: unknown grader {task.grader!r}; expected one of {sorted(GRADERS)}")
+    return answer is not None and GRADERS[task.grader](task, answer)
+
+
+def _exact(task: Task, answer: str) -> bool:
+    """The same text after trimming."""
+    return answer.strip() == task.answer.strip()
+
+
+def _ring(task: Task, answer: str) -> bool:
+    """All neighbour sums fit; blanks and commas between the digits are allowed. The task says sums and modulus."""
+    modulus = re.search(r"modulo (\d+)", task.question)
+    if modulus is None or int(modulus[1]) < 2 or not re.fullmatch(r"[0-9]{3,}", task.compact):
+        raise DataError(f"task {task.id}: expected 'modulo <m>' in the question and the sums as digits in compact={task.compact!r}")
+    if len(answer) > MAX_CHARS:
+        return False
+    digits = re.sub(r"[\s,]", "", answer)
+    if not re.fullmatch(f"[0-9]{{{len(task.compact)}}}", digits) or any(int(digit) >= int(modulus[1]) for digit in digits):
+        return False
+    neighbours = zip(digits, digits[1:] + digits[0], task.compact, strict=True)
+    return all((int(left) + int(right)) % int(modulus[1]) == int(total) for left, right, total in neighbours)
+
+
+def _math(task: Task, answer: str) -> bool:
+    """Equal as numbers, else as text, else as formulas (math-verify)."""
+    if not task.answer.strip():
+        raise DataError(f"task {task.id}: the reference answer is empty")
+    if len(answer) > MAX_FORMULA_CHARS:
+        return False
+    reference, given = _bare(task.answer), _bare(answer)
+    left, right = _value(reference), _value(given)
+    if left is not None and right is not None:
+        return left == right
+    return bool(given) and (reference == given or _same_formula(task.id, reference, given))
+
+
+def _bare(text: str) -> str:
+    r"""Without dollar signs, $-delimiters, \left, \right, thin spaces, outer blanks and a closing full stop."""
+    text = re.sub(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;]|\\?\$", "", text)
+    return text.strip().removesuffix(".").strip()
+
+
+def _value(text: str) -> Fraction | None:
+    r"""The number that the text is: 2,125  -3  .5  50\%  1/2  \frac{1}{2}  90^\circ. None when it is not a bare number."""
+    text = re.sub(r"\s*(\\?%|\^\{?\\circ\}?)$", "", text).replace("\N{MINUS SIGN}", "-")
+    if fraction := _FRACTION.fullmatch(text):
+        sign, top, bottom = fraction.groups()[:3] if fraction[2] else fraction.groups()[3:]
+        return None if int(bottom) == 0 else Fraction(int(sign + top), int(bottom))
+    return Fraction(text.replace(",", "")) if _NUMBER.fullmatch(text) and re.search(r"\d", text) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _same_formula(task_id: str, reference: str, given: str) -> bool:
+    try:
+        return _judge.ask("math", reference, given)
+    except JudgeError as error:
+        raise DataError(f"task {task_id}: reference answer {reference!r}: {error}; grader 'exact' compares text") from None
+
+
+def _reasoning_gym(task: Task, answer: str) -> bool:
+    """Full marks from the library's own scorer."""
+    if not re.fullmatch(r"reasoning_gym/\w+/-?\d+/\d+/\d+", task.id):
+        raise DataError(f"task {task.id}: expected an id reasoning_gym/<name>/<seed>/<size>/<index>, from which the entry is made again")
+    if len(answer) > MAX_CHARS or _could_call(answer):
+        return False
+    try:
+        return _judge.ask("reasoning_gym", task.id, answer.strip(), task.question)
+    except JudgeError as error:
+        raise DataError(f"task {task.id}: {error}") from None
+
+
+def _could_call(text: str) -> bool:
+    """Some of the library's scorers pass the answer to eval, so text that could call anything but mathematics is refused."""
+    hidden = "__" in text or ("(" in text and ("#" in text or "\\" in text))  # comments and line joins hide a call
+    return hidden or any(call[1] not in _FUNCTIONS for call in _CALL.finditer(text))
+
+
+GRADERS: dict[str, Callable[[Task, str], bool]] = {
+    "exact": _exact,
+    "math": _math,
+    "reasoning_gym": _reasoning_gym,
+    "ring": _ring,
+}

@@ -1,0 +1,92 @@
+"""The result of a run in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mas_hpc.evaluation.metrics import PairedTest, paired_test
+from mas_hpc.evaluation.report.run_folder import Paired, Results, Row
+
+LEVEL = 0.05
+"""Differences with a greater p-value are called unclear."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A row beside the trained team at the same temperature."""
+
+    row: Row
+    difference: float | None
+    """Accuracy of the row minus the trained team's; None for the trained team itself or without one."""
+    test: PairedTest | None
+    """None when the two were not measured on the same questions."""
+    best: bool
+    """No row of its temperature is more accurate."""
+
+
+def compare(rows: Sequence[Row]) -> tuple[Comparison, ...]:
+    """Every row beside the trained team, grouped by temperature (greedy first), otherwise in order."""
+    ordered = sorted(rows, key=lambda row: -1.0 if row.temperature is None else row.temperature)
+    teams = {row.temperature: row for row in reversed(ordered) if row.phase == "after"}
+    best = {row.temperature: max(r.accuracy for r in rows if r.temperature == row.temperature) for row in rows}
+    return tuple(_against(row, teams.get(row.temperature), best[row.temperature]) for row in ordered)
+
+
+def sentences(results: Results) -> tuple[str, ...]:
+    """What training changed, then who wins, for each temperature."""
+    return (*map(_gain, results.paired), *_winners(results.rows))
+
+
+def setting(temperature: float | None) -> str:
+    """How completions were drawn, as the start of a sentence."""
+    if temperature is None:
+        return "Overall"
+    return "Greedy" if temperature == 0 else f"At temperature {temperature:g}"
+
+
+def p_text(p_value: float) -> str:
+    """p = 0.012, or p = 3e-09 when small."""
+    return f"p = {p_value:.2g}"
+
+
+def _against(row: Row, team: Row | None, best: float) -> Comparison:
+    if team is None or team is row:
+        return Comparison(row=row, difference=None, test=None, best=row.accuracy == best)
+    same_questions = row.right and len(row.right) == len(team.right)
+    test = paired_test(team.right, row.right) if same_questions else None
+    return Comparison(row=row, difference=row.accuracy - team.accuracy, test=test, best=row.accuracy == best)
+
+
+def _gain(paired: Paired) -> str:
+    clear = paired.p_value < LEVEL
+    verb = "makes no clear difference to" if not clear else "lifts" if paired.difference > 0 else "lowers"
+    return (
+        f"{setting(paired.temperature)}, training {verb} the team's accuracy: {100 * paired.difference:+.1f} points "
+        f"(95% interval {100 * paired.low:+.1f} to {100 * paired.high:+.1f}, {p_text(paired.p_value)}; "
+        f"{paired.wins} questions won, {paired.losses} lost)."
+    )
+
+
+def _winners(rows: Sequence[Row]) -> list[str]:
+    compared = compare(rows)
+    found = []
+    for team in (entry.row for entry in compared if entry.row.phase == "after"):
+        controls = [e for e in compared if e.row.phase == "control" and e.row.temperature == team.temperature]
+        if controls:
+            rival = max(controls, key=lambda entry: entry.row.accuracy)
+            found.append(_winner(team, rival))
+    return found
+
+
+def _winner(team: Row, rival: Comparison) -> str:
+    gap = rival.difference or 0.0
+    ours, theirs = f"the trained team ({team.accuracy:.1%})", f"{rival.row.name} ({rival.row.accuracy:.1%})"
+    test = f", {p_text(rival.test.p_value)}" if rival.test else ""
+    if rival.test and rival.test.p_value >= LEVEL:
+        return (
+            f"{setting(team.temperature)}, {ours} and its best control, {theirs}, cannot be told apart "
+            f"({-100 * gap:+.1f} points{test})."
+        )
+    verb = "beats" if gap < 0 else "loses to" if gap > 0 else "equals"
+    return f"{setting(team.temperature)}, {ours} {verb} its best control, {theirs}: {-100 * gap:+.1f} points{test}."

@@ -1,0 +1,251 @@
+"""One LoRA adapter per policy on one frozen base, all resident; each token of a flat row chooses its own.
+
+    y = base(x) + ((x @ A_all) * gate) @ B_all        gate [T, P*r]: alpha / rank in the columns of the token's policy
+
+One pair of matmuls serves all agents, and only the policies that the row names are computed. LoRA: arXiv 2106.09685.
+Legend: T tokens, P policies of the row, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from mas_hpc.errors import CheckpointError, ConfigError
+
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(slots=True)
+class Route:
+    """Which policies adapt the current row; shared by all layers of a bank. No policies: the base model."""
+
+    active: tuple[int, ...] = ()
+    gate: Tensor | None = None
+    """[T, P*r], P = len(active)."""
+    is_open: bool = False
+
+
+class BankLinear(nn.Module):
+    """A frozen linear layer with one low-rank update per policy. `weight` and `bias` keep their names in checkpoints."""
+
+    def __init__(self, base: nn.Linear, generators: Sequence[torch.Generator], rank: int, route: Route) -> None:
+        super().__init__()
+        self.weight, self.bias, self.route = base.weight, base.bias, route
+        options = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
+        # The parameters are row blocks of these two, so that decoding needs no concatenation: 39 MB a step for
+        # 4 adapters of a 135M model. Moving the module parts them again; `_join` then concatenates.
+        self._all_a = torch.empty(len(generators) * rank, base.in_features, **options)
+        self._all_b = torch.zeros(len(generators) * rank, base.out_features, **options)
+        for block, generator in zip(self._all_a.split(rank), generators, strict=True):
+            block.copy_(nn.init.kaiming_uniform_(torch.empty(block.shape), a=math.sqrt(5), generator=generator))
+        self.lora_a = nn.ParameterList(nn.Parameter(block) for block in self._all_a.split(rank))
+        self.lora_b = nn.ParameterList(nn.Parameter(block) for block in self._all_b.split(rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [1, T, in] to [1, T, out]; without a route any shape, by the base alone."""
+        base = F.linear(x, self.weight, self.bias)
+        gate, active = self.route.gate, self.route.active
+        if gate is None:
+            return base
+        assert x.shape[:-1] == (1, len(gate)), f"route is for a flat row of {len(gate)} tokens, input is {x.shape}"
+        a_all, b_all = _join(self._all_a, self.lora_a, active), _join(self._all_b, self.lora_b, active)
+        delta = (F.linear(x.to(a_all.dtype), a_all) * gate) @ b_all
+        return base + delta.to(base.dtype)
+
+
+class AdapterBank:
+    """The adapters of a model's policies: routing, parameters, and import and export in PEFT's format."""
+
+    def __init__(self, policies: Sequence[str], layers: Mapping[str, BankLinear], rank: int, alpha: float) -> None:
+        self.policies = tuple(policies)
+        self.index = {policy: index for index, policy in enumerate(self.policies)}
+        self.rank, self.alpha = rank, alpha
+        self._layers = dict(layers)
+        self._route = next(iter(self._layers.values())).route
+
+    @classmethod
+    def install(
+        cls,
+        model: PreTrainedModel,
+        policies: Sequence[str],
+        *,
+        rank: int,
+        alpha: float,
+        target_modules: Sequence[str],
+        seed: int,
+    ) -> AdapterBank:
+        """Freeze the model and give its linear layers of the named kinds one adapter per policy, in place.
+
+        A is drawn as PEFT draws it, from a generator per policy (seed + index); B is zero, so that nothing changes yet.
+        Install on the model's final device and dtype. Raises ConfigError when a target is not a linear layer.
+        """
+        assert policies and len(set(policies)) == len(policies), f"policies must be distinct: {policies}"
+        targets = _find_targets(model, target_modules)
+        model.requires_grad_(False)
+        generators = [torch.Generator().manual_seed(seed + index) for index in range(len(policies))]
+        route = Route()
+        layers = {name: BankLinear(linear, generators, rank, route) for name, linear in targets.items()}
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        return cls(policies, layers, rank, alpha)
+
+    @contextmanager
+    def route(self, adapter_T: Tensor | None) -> Iterator[None]:
+        """Adapt token t of the flat rows run inside by policy `adapter_T[t]` (-1: none); None, as no route: the base.
+
+        Keep it open through the backward pass only if activations are recomputed there. Does not nest.
+        """
+        route = self._route
+        assert not route.is_open, "a route is open already"
+        route.is_open = True
+        if adapter_T is not None:
+            route.active, route.gate = self._gate(adapter_T)
+        try:
+            yield
+        finally:
+            route.is_open, route.active, route.gate = False, (), None
+
+    def _gate(self, adapter_T: Tensor) -> tuple[tuple[int, ...], Tensor | None]:
+        present = [index for index in adapter_T.unique().tolist() if index >= 0]
+        if not present:
+            return (), None
+        assert present[-1] < len(self.policies), f"adapter {present[-1]} of {len(self.policies)}"
+        # Training leaves absent policies out of the graph; decoding computes a consecutive range, which is a view.
+        active = present if torch.is_grad_enabled() else range(present[0], present[-1] + 1)
+        column_P = torch.tensor(active, device=adapter_T.device).repeat_interleave(self.rank)
+        layer = next(iter(self._layers.values()))
+        gate = (adapter_T[:, None] == column_P).to(layer.lora_a[0]) * (self.alpha / self.rank)
+        return tuple(active), gate
+
+    def parameters_of(self, policy: str) -> list[nn.Parameter]:
+        """The trainable parameters of one policy: A and B of each layer."""
+        index = self.index[policy]
+        return [part[index] for layer in self._layers.values() for part in (layer.lora_a, layer.lora_b)]
+
+    def clear_absent(self, adapter_T: Tensor) -> None:
+        """Drop the gradients of policies without a token in `adapter_T`.
+
+        A zero gradient, as a sum over ranks leaves it, would still let momentum and weight decay move them.
+        """
+        present = set(adapter_T.tolist())
+        for policy, index in self.index.items():
+            if index not in present:
+                for parameter in self.parameters_of(policy):
+                    parameter.grad = None
+
+    def tensors(self, policy: str) -> dict[str, Tensor]:
+        """A copy of one adapter under PEFT's names: A is [rank, in], B is [out, rank]."""
+        index = self.index[policy]
+        tensors = {}
+        for name, layer in self._layers.items():
+            key_a, key_b = _peft_keys(name)
+            tensors[key_a] = layer.lora_a[index].detach().clone()
+            tensors[key_b] = layer.lora_b[index].detach().T.contiguous()
+        return tensors
+
+    def assign(self, policy: str, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite one adapter with what `tensors` returned. Raises CheckpointError when names or shapes differ."""
+        expected = {key: tuple(tensor.shape) for key, tensor in self.tensors(policy).items()}
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                raise CheckpointError(
+                    f"adapter of policy {policy!r}: {key} has shape {found.get(key, 'missing')}, expected "
+                    f"{expected.get(key, 'no such tensor')}; it was trained on another model, rank or target_modules"
+                )
+        index = self.index[policy]
+        with torch.no_grad():
+            for name, layer in self._layers.items():
+                key_a, key_b = _peft_keys(name)
+                layer.lora_a[index].copy_(tensors[key_a])
+                layer.lora_b[index].copy_(tensors[key_b].T)
+
+    def export(self, policy: str, folder: Path, *, base_model: str) -> None:
+        """Write one adapter as PEFT does; `base_model` is the name or path its users load. Raises CheckpointError."""
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted({name.rpartition(".")[2] for name in self._layers}),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.tensors(policy), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: cannot write the adapter of policy {policy!r}: {error}") from error
+
+    def load(self, policy: str, folder: Path) -> None:
+        """Read one adapter in PEFT's format. Raises CheckpointError when files are missing or it does not fit the bank."""
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            tensors = load_file(folder / WEIGHTS_FILE)
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"{folder}: cannot read a PEFT adapter ({error}); expected {CONFIG_FILE} and {WEIGHTS_FILE}"
+            ) from error
+        for key, expected in (("r", self.rank), ("lora_alpha", self.alpha)):
+            if config.get(key) != expected:
+                raise CheckpointError(
+                    f"{folder}/{CONFIG_FILE}: {key}={config.get(key)}, but the bank has {expected}; set "
+                    f"adapters.{'rank' if key == 'r' else 'alpha'}={config.get(key)}"
+                )
+        for key in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern"):
+            if config.get(key):
+                raise CheckpointError(f"{folder}/{CONFIG_FILE}: {key}={config[key]} is not supported, only plain LoRA")
+        self.assign(policy, tensors)
+
+
+def _join(all_rows: Tensor, blocks: nn.ParameterList, active: Sequence[int]) -> Tensor:
+    """Stack the active blocks, [P*r, width]: without gradient a view of `all_rows` where the blocks still live in it."""
+    parts = [blocks[index] for index in active]
+    if not torch.is_grad_enabled():
+        rank, start = len(parts[0]), all_rows.data_ptr()
+        block_bytes = parts[0].nbytes
+        view = all_rows[active[0] * rank : (active[-1] + 1) * rank]
+        at_home = all(part.data_ptr() == start + i * block_bytes for part, i in zip(parts, active, strict=True))
+        if at_home and len(view) == len(parts) * rank:
+            return view
+    return torch.cat(parts)
+
+
+def _peft_keys(name: str) -> tuple[str, str]:
+    return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
+
+
+def _find_targets(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
+    """Linear layers below the head by full name. Raises ConfigError when a target is none."""
+    leaves = {name: name.rpartition(".")[2] for name, _ in model.named_modules()}
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+    available = sorted({leaves[name] for name in linears})
+    for target in target_modules:
+        if any(leaves[name] == target and isinstance(module, Conv1D) for name, module in modules.items()):
+            raise ConfigError(
+                f"adapters.target_modules: {target} of {model.config.model_type} is a Conv1D, which has no adapter; "
+                "train the full model (adapters.policies=shared) or choose a Llama- or Qwen-like model"
+            )
+        if target not in available:
+            raise ConfigError(
+                f"adapters.target_modules: {target!r} is no linear layer of {model.config.model_type}; "
+                f"expected some of {available}"
+            )
+    return {name: linear for name, linear in linears.items() if leaves[name] in target_modules}

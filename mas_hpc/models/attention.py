@@ -1,0 +1,56 @@
+"""One attention function for every transformers architecture: it hands query, key and value to the pass's own `attend`.
+
+A pass is one flat row of tokens. Training attends along a tree (tree_attention), decoding along cached paths (rollout.native).
+Legend: H query heads, K key/value heads, T tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from mas_hpc.errors import ConfigError
+
+NAME = "mas_hpc"
+
+
+class Attend(Protocol):
+    """What a pass does for attention in one layer."""
+
+    def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
+        """Return the attended values, [T, H, D]."""
+        ...
+
+
+def _dispatch(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    *, scaling: float | None = None, attend: Attend, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(module.layer_idx, query[0], key[0], value[0], scaling).unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _dispatch)
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Switch the model to our attention. Raises ConfigError for architectures whose attention is not plain causal."""
+    config = model.config
+    windowed = [kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"]
+    if windowed or getattr(config, "attn_logit_softcapping", None):
+        raise ConfigError(
+            f"model.path: {config.model_type} has sliding-window or soft-capped attention {sorted(set(windowed))}, "
+            "which tree attention does not compute; choose a model with full causal attention"
+        )
+    model.set_attn_implementation(NAME)
+    return model
+
+
+def hidden_states(model: PreTrainedModel, token_T: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
+    """Run the backbone once over a flat row of tokens; return the last hidden states, [T, hidden]."""
+    backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    output = backbone(input_ids=token_T[None], position_ids=position_T[None], use_cache=False, attend=attend)
+    return output.last_hidden_state[0]

@@ -1,0 +1,139 @@
+"""From `model.path` to a causal language model with its tokenizer: tiny, smollm2, a local folder or a hub name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from mas_hpc.config import ModelConfig
+from mas_hpc.errors import CheckpointError, ConfigError, DataError
+from mas_hpc.models import smollm2
+from mas_hpc.models.attention import prepare
+
+ALPHABET = "0123456789+-*/=()!?$. \nQSCRV"
+"""Characters of the tiny model; each is one token. <pad> and <eos> follow."""
+MAX_POSITIONS = 512
+"""Context of the tiny model in tokens."""
+
+
+def load_model(config: ModelConfig, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model (our attention, evaluation mode, no dropout, `config.dtype`) and its tokenizer.
+
+    `seed` initialises the tiny model and leaves torch's own generator alone; trained models do not depend on it.
+    Raises ConfigError for a path or size that cannot be used, CheckpointError for damaged or incomplete weights.
+    """
+    if config.path == "tiny":
+        model, tokenizer = _tiny_model(config, seed)
+    elif config.path == "smollm2":
+        model, tokenizer = _pretrained(config, str(smollm2.converted_folder()))
+    else:
+        model, tokenizer = _pretrained(config, config.path)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # also in train(): the trained log-probs must be those of the policy that was sampled
+    return prepare(model.eval()), tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Token ids without added special tokens. Raises DataError for a character that the tiny model's alphabet lacks."""
+    if _is_character_level(tokenizer):
+        unknown = sorted(set(text) - set(tokenizer.get_vocab()))
+        if unknown:
+            raise DataError(
+                f"text {text!r:.60} has characters {unknown} that the tiny model's alphabet lacks; expected only {ALPHABET!r}; "
+                "choose a task set with a compact form (data.kind=ring or addition), or another model.path"
+            )
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _is_character_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and isinstance(
+        tokenizer.backend_tokenizer.model, tokenizer_models.WordLevel
+    )
+
+
+def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate((*ALPHABET, "<pad>", "<eos>"))}
+    characters = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<none>"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _tiny_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if config.hidden_size % (2 * config.num_heads):
+        raise ConfigError(
+            f"model.hidden_size={config.hidden_size}, model.num_heads={config.num_heads}: heads need an equal and even width; "
+            f"expected model.hidden_size to be a multiple of {2 * config.num_heads}"
+        )
+    tokenizer = _tiny_tokenizer()
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(shape)
+    return model.to(getattr(torch, config.dtype)), tokenizer
+
+
+def _pretrained(config: ModelConfig, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A local folder (never asks the network) or a hub name; weights from safetensors only."""
+    local = Path(path).expanduser()
+    name = str(local) if local.is_dir() else path
+    source = {"local_files_only": local.is_dir(), "trust_remote_code": config.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True, **source
+        )
+    except SafetensorError as error:
+        raise CheckpointError(f"model.path={path!r}: damaged weights ({error}); copy or download the model again") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loadable(path, local, error)) from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise CheckpointError(f"model.path={path!r}: {len(missing)} weights are missing, such as {missing[:3]}; they would be random")
+    return model, tokenizer
+
+
+def _not_loadable(path: str, local: Path, error: Exception) -> str:
+    """What was tried, and what the library said."""
+    reason = " ".join(str(error).split())[:400]
+    if local.is_dir():
+        return (
+            f"model.path={path!r}: the folder holds no model that can be loaded; expected config.json, *.safetensors and "
+            f"tokenizer files of a causal language model ({reason})"
+        )
+    names = ["tiny", "smollm2"] + ([entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else [])
+    near = difflib.get_close_matches(local.name, names, n=3)
+    hint = f"; perhaps {near}" if near else ""
+    return f"model.path={path!r}: not tiny or smollm2, no such folder, and not loadable as a hub name{hint} ({reason})"

@@ -1,0 +1,85 @@
+"""What the command line prints: the plan of a run, the reference of all knobs, the table of results. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mas_hpc.config import ATGRPOConfig, RunConfig, knobs
+
+
+def print_plan(config: RunConfig) -> None:
+    """The phases of a run with their sizes, and every value that is not the default."""
+    console = Console()
+    table = Table(title=f"plan of {config.name!r} -> {config.folder}", title_justify="left")
+    table.add_column("phase")
+    table.add_column("what")
+    for phase, what in plan(config):
+        table.add_row(phase, what)
+    console.print(table)
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    console.print("not default: " + (json.dumps(changed) if changed else "nothing"), soft_wrap=True, highlight=False)
+
+
+def plan(config: RunConfig) -> list[tuple[str, str]]:
+    """(phase, what it does) in order."""
+    agents = " -> ".join(agent.name for agent in config.team.agents)
+    data = config.data
+    rows = [
+        ("model", f"{config.model.path}, {config.model.dtype}, policies {config.adapters.policies}"),
+        ("data", f"{data.kind}: {data.num_train} training and {data.num_test} held-out questions"),
+        ("team", f"{config.team.topology}: {agents}, at most {config.team.max_revisions} revision(s)"),
+    ]
+    if config.warm_start:
+        rows.append(("warm start", f"SFT, {config.warm_start.steps} steps of {config.warm_start.batch_size} transcripts"))
+    method = config.method
+    if isinstance(method, ATGRPOConfig):
+        calls = method.tasks_per_step * method.group_size * len(config.team.agents)
+        rows.append(
+            ("train", f"AT-GRPO, {method.steps} steps; a step: {method.tasks_per_step} tasks x K={method.group_size} x "
+             f"{len(config.team.agents)} agents = {calls} completions or more")
+        )  # fmt: skip
+    else:
+        rows.append(("train", f"SFT, {method.steps} steps of {method.batch_size} transcripts"))
+    temperatures = ", ".join(f"{temperature:g}" for temperature in config.evaluation.temperatures)
+    num_test = min(config.evaluation.num_tasks, data.num_test)
+    beside = " beside equal-token controls" if config.evaluation.controls else ""
+    rows.append(("evaluate", f"{num_test} held-out questions, temperatures {temperatures}{beside}"))
+    return rows
+
+
+def print_knobs() -> None:
+    """Every knob with type, default and meaning."""
+    table = Table("key", "type", "default", "meaning", title="configuration reference", title_justify="left")
+    for row in knobs():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_results(console: Console, results: Mapping[str, Any]) -> None:
+    """Accuracy with its 95% interval, tokens and verdict balance of every row; then the gain and who wins."""
+    table = Table(title="held-out questions", title_justify="left")
+    for column in ("system", "phase", "T", "accuracy", "95% interval", "tokens", "balanced verdicts"):
+        table.add_column(column, justify="left" if column in ("system", "phase", "balanced verdicts") else "right", no_wrap=True)
+    for row in results["rows"]:
+        balance = "  ".join(
+            f"{agent} {verdict['balanced_accuracy']:.3f}" if verdict["balanced_accuracy"] is not None else f"{agent} -"
+            for agent, verdict in row["verdicts"].items()
+        )
+        table.add_row(
+            row["name"], row["phase"], f"{row['temperature']:g}", f"{row['accuracy']:.1%}",
+            f"{row['low']:.1%} - {row['high']:.1%}", f"{row['tokens_per_question']:.1f}", balance,
+        )  # fmt: skip
+    console.print(table)
+    for test in results["paired"]:
+        console.print(
+            f"team after minus before, T={test['temperature']:g}: {100 * test['difference']:+.1f} points "
+            f"[{100 * test['low']:+.1f}, {100 * test['high']:+.1f}], {test['wins']} questions won, {test['losses']} lost, "
+            f"p={test['p_value']:.2g}",
+            highlight=False,
+        )
+    console.print(results["verdict_sentence"], highlight=False)

@@ -1,0 +1,103 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mas_hpc.models.tree_attention import CHAIN, TreeAttention, batched, cut
+from mas_hpc.prefix_tree import merge
+
+paths_of_tokens = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=25)
+
+
+def ancestors(tree):
+    """The dense mask: query q (row) sees key k iff k is an ancestor or itself, by walking up the parents."""
+    seen = np.zeros((len(tree), len(tree)), dtype=bool)
+    for query in range(len(tree)):
+        node = query
+        while node >= 0:
+            seen[query, node] = True
+            node = tree.parent_T[node]
+    return seen
+
+
+def dense(tree, query, key, value, scaling):
+    group = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    score = (query @ key.transpose(1, 2) * scaling).masked_fill(~torch.from_numpy(ancestors(tree)), -torch.inf)
+    return (score.softmax(-1) @ value).transpose(0, 1)
+
+
+def heads(tree, *, query_heads=4, key_heads=2, dim=3):
+    generator = torch.Generator().manual_seed(len(tree))
+    shapes = [(count, len(tree), dim) for count in (query_heads, key_heads, key_heads)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def assert_equals_dense(tree, limit, **shape):
+    inputs = heads(tree, **shape)
+    attend = TreeAttention(tree.leave_T, limit=limit)
+    weight = torch.linspace(-1, 1, inputs[0].numel(), dtype=torch.float64)
+    ours, reference = attend(0, *inputs, 0.7), dense(tree, *inputs, 0.7)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad((out.reshape(-1) * weight).sum(), inputs) for out in (ours, reference)]
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(paths=paths_of_tokens, limit=st.integers(1, 40))
+def test_blocks_show_each_query_its_ancestors_and_nothing_else(paths, limit):
+    tree = merge(paths)
+    seen = np.zeros((len(tree), len(tree)), dtype=bool)
+    blocks = cut(tree.leave_T, limit=limit)
+    for block in blocks:
+        for query in range(block.start, block.stop):
+            seen[query, block.above] = True
+            seen[query, block.start : query + 1] = tree.leave_T[block.start : query + 1] > query
+    assert sorted(q for block in blocks for q in range(block.start, block.stop)) == list(range(len(tree)))
+    assert (seen == ancestors(tree)).all()
+    assert sorted(map(id, sum(batched(blocks), []))) == sorted(map(id, blocks))
+
+
+@settings(max_examples=60, deadline=None)
+@given(paths=paths_of_tokens, limit=st.integers(1, 40))
+def test_values_and_gradients_equal_a_dense_mask(paths, limit):
+    assert_equals_dense(merge(paths), limit)
+
+
+@pytest.mark.parametrize(("query_heads", "key_heads"), [(3, 3), (6, 2), (3, 1)])
+def test_query_heads_share_key_heads_in_groups(query_heads, key_heads):
+    assert_equals_dense(merge([[1, 2, 3, 4], [1, 2, 5], [7, 8]]), 2, query_heads=query_heads, key_heads=key_heads)
+
+
+def test_long_branches_below_a_long_prefix_are_cut_into_runs():
+    rng = random.Random(0)
+    prefix = [rng.randrange(9) for _ in range(CHAIN + 20)]
+    tree = merge([prefix + [rng.randrange(9) for _ in range(CHAIN + 40)] for _ in range(2)])
+    assert max(block.num_queries for block in cut(tree.leave_T, limit=64)) <= CHAIN
+    assert_equals_dense(tree, 64)
+
+
+def test_whole_chains_need_no_mask_and_one_of_them_no_gather():
+    attend = TreeAttention(merge([list(range(1000))]).leave_T)
+    assert attend._visible == [None]
+    assert (attend._query_N, attend._key_N, attend._place_T) == (None, None, None)
+
+
+def test_no_mask_grows_with_the_square_of_the_forest():
+    tree = merge([[i, *[i % 7] * 20, j, *range(30)] for i in range(50) for j in range(6)])
+    pairs = sum(seen.numel() for seen in TreeAttention(tree.leave_T)._visible if seen is not None)
+    assert len(tree) > 9000
+    assert pairs < len(tree) * 150
+
+
+def test_masks_follow_the_dtype_of_the_queries():
+    tree = merge([[1, 2, 3], [1, 2, 4], [1, 5]])
+    attend = TreeAttention(tree.leave_T)
+    inputs = heads(tree)
+    exact = attend(0, *inputs, 1.0)
+    single = attend(0, *[tensor.float() for tensor in inputs], 1.0)
+    torch.testing.assert_close(single.double(), exact, rtol=0, atol=1e-5)
