@@ -1,7 +1,7 @@
 """One AT-GRPO tree in one pass against the same samples as rows: backbone forward and backward, frozen weights.
 
-The rows are transformers' own sdpa attention at its best: rows of equal length are batched together, so nothing is padded and
-no mask is built. Both sides compute the same hidden states at the same trained tokens (checked), no LM head.
+The rows are transformers' own sdpa attention at its best: rows of equal length are batched together, so nothing is
+padded and no mask is built. Both sides compute the same hidden states at the same trained tokens (checked), no LM head.
 Legend: N trained tokens, D hidden size, B rows, L row length.
 """
 
@@ -34,16 +34,24 @@ SMOLLM2_135M = LlamaConfig(
     num_key_value_heads=3, head_dim=64, tie_word_embeddings=True,
 )  # fmt: skip
 TINY = LlamaConfig(
-    vocab_size=48, hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4
+    vocab_size=48,
+    hidden_size=128,
+    intermediate_size=344,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
 )
 PEER = f"transformers {version('transformers')} sdpa, one row a sample"
 NOTES = {
-    "work": "backbone forward + backward, float32, frozen weights, gradient to the input embeddings; no LM head, no optimizer",
-    "weights": "random, in the shapes of SmolLM2-135M (30 layers, hidden 576, 9 query and 3 key/value heads) or of the tiny model",
+    "work": "backbone forward + backward, float32, frozen weights, gradient to the input embeddings; "
+    "no LM head, no optimizer",
+    "weights": "random, in the shapes of SmolLM2-135M (30 layers, hidden 576, 9 query and 3 key/value heads) "
+    "or of the tiny model",
     "cpu_s": "process CPU seconds, one thread, median of 3 repeats in alternation (ours, rows, ours, rows, ...)",
-    "peak_mib": "a fresh process for each: VmHWM at the end minus VmRSS after the model is loaded; default allocator settings",
-    "rows": "rows of equal length in one batch: no padding, no mask; `one backward` keeps all rows until it, as a batch does, "
-    "`a backward each` frees every batch of equal length before the next",
+    "peak_mib": "a fresh process for each: VmHWM at the end minus VmRSS after the model is loaded; "
+    "default allocator settings",
+    "rows": "rows of equal length in one batch: no padding, no mask; `one backward` keeps all rows until it, "
+    "as a batch does, `a backward each` frees every batch of equal length before the next",
 }
 
 
@@ -73,7 +81,9 @@ class Shape:
             state += tokens(self.cue)
             answers = [tokens(self.completion) for _ in range(self.siblings)]
             samples += [
-                Sample(id=name, tree=name, agent="", policy="", prompt_ids=state, prompt_spans=(), completion_ids=answer)
+                Sample(
+                    id=name, tree=name, agent="", policy="", prompt_ids=state, prompt_spans=(), completion_ids=answer
+                )
                 for answer in answers
             ]
             state += rng.choice(answers)
@@ -155,10 +165,11 @@ def memory_rows() -> list[Row]:
     """Peak memory of one step over the large tree."""
     peak = {kind: peak_in_fresh_process(kind) for kind in STEPS}
     cases = [("one backward", "rows", 2.0), ("rows: a backward each", "rows_each", 1.0)]
+    name, ours = "SmolLM2-135M tree", peak["tree"]
     return [
-        cost_row(case=f"SmolLM2-135M tree, {case}", metric="peak_mib", ours=peak["tree"], peer=PEER, theirs=peak[kind], target=target)
+        cost_row(case=f"{name}, {case}", metric="peak_mib", ours=ours, peer=PEER, theirs=peak[kind], target=target)
         for case, kind, target in cases
-    ]  # fmt: skip
+    ]
 
 
 def peak_in_fresh_process(kind: str) -> float:

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "peft", "numpy")
 class Row:
     """One comparison. `target` is the least ratio that was promised.
 
-    Example: Row(case="one tree", metric="cpu_s", ours=10.0, peer="transformers 5.23 sdpa rows", theirs=45.0, ratio=4.5, target=4.2)
+    Example: Row(case="one tree", metric="cpu_s", ours=10.0, peer="sdpa rows", theirs=45.0, ratio=4.5, target=4.2)
     """
 
     case: str
@@ -93,7 +93,9 @@ def commit() -> str:
     """The commit that was measured, with "+changes" when the tree differs from it; "" outside a repository."""
     try:
         head = _git("rev-parse", "HEAD")
-        return head + ("+changes" if _git("status", "--porcelain", "--", "mas_hpc", "kernels", "benchmarks/*.py") else "")
+        return head + (
+            "+changes" if _git("status", "--porcelain", "--", "mas_hpc", "kernels", "benchmarks/*.py") else ""
+        )
     except (subprocess.CalledProcessError, FileNotFoundError):
         return ""
 
@@ -103,7 +105,7 @@ def _git(*arguments: str) -> str:
 
 
 def report(name: str, rows: Sequence[Row], *, notes: Mapping[str, str]) -> Path:
-    """Write benchmarks/results/<name>.json, print the rows, return the file. `notes` says how each thing was measured."""
+    """Write benchmarks/results/<name>.json, print the rows, return the file. `notes` says how it was measured."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {

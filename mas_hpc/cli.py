@@ -140,7 +140,7 @@ def bench(name: Annotated[str, typer.Argument(help="Benchmark, such as tree or r
 
 
 def _load(file: Path, overrides: list[str] | None) -> RunConfig:
-    from mas_hpc.config import load_config
+    from mas_hpc.config_file import load_config
 
     return load_config(file, overrides or [])
 

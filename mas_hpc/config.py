@@ -5,16 +5,10 @@ The line under a field is its reference: `mas-hpc config` prints it. `kind` choo
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from mas_hpc.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -196,9 +190,7 @@ class Optimization(Section):
     """AdamW and its schedule."""
 
     steps: Count
-    """Optimizer steps."""
     learning_rate: PositiveFloat
-    """Peak learning rate."""
     beta1: Fraction = 0.9
     """AdamW first-moment decay."""
     beta2: Fraction = 0.95
@@ -221,7 +213,9 @@ class SFTConfig(Optimization):
     kind: Literal["sft"] = "sft"
     """Name of the variant."""
     steps: Count = 300
+    """Optimizer steps."""
     learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate."""
     batch_size: Positive = 32
     """Transcripts a step."""
     wrong_rate: Fraction = 0.5
@@ -236,7 +230,9 @@ class ATGRPOConfig(Optimization):
     kind: Literal["at_grpo"] = "at_grpo"
     """Name of the variant."""
     steps: Count = 100
+    """Optimizer steps."""
     learning_rate: PositiveFloat = 4e-4
+    """Peak learning rate."""
     tasks_per_step: Positive = 16
     """Questions a step."""
     group_size: Annotated[int, Field(ge=2)] = 8
@@ -324,121 +320,3 @@ class RunConfig(Section):
         if isinstance(self.data, RingConfig) and (self.data.num_digits % 2 == 0 or self.data.modulus % 2):
             raise ValueError("data.num_digits must be odd and data.modulus even: otherwise every first digit, or none, works")
         return self
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML 1.2 file, apply `a.b=value` overrides, validate. Raises ConfigError naming key, value and remedy."""
-    file = Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=3)
-        raise ConfigError(f"{file}: no such file; expected a YAML configuration" + (f", perhaps {near}" if near else ""))
-    raw = _parse_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
-    for override in overrides:
-        _apply(raw, override)
-    return validate(raw)
-
-
-def validate(raw: dict[str, Any]) -> RunConfig:
-    """Build the typed config from plain data. Raises ConfigError with one line per problem."""
-    try:
-        return RunConfig.model_validate(_tuples(raw))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"{override!r}: expected an override of the form section.key=value")
-    *sections, leaf = key.split(".")
-    for section in sections:
-        child = raw.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{override!r}: {section} is a value, not a section")
-        raw = child
-    raw[leaf] = _parse_yaml(text, override)
-
-
-def _tuples(value: Any) -> Any:
-    """YAML lists become the tuples that strict frozen sections hold; whole numbers stay whole."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _explain(problem: Any) -> str:
-    variants = {"ring", "addition", "reasoning_gym", "gsm8k", "math", "jsonl", "sft", "at_grpo"}
-    path = [str(part) for part in problem["loc"] if str(part) not in variants]
-    where = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        names = sorted(_fields_at(problem["loc"][:-1]))
-        near = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {names}"
-        return f"{where}: unknown key; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    if problem["type"] == "missing":
-        return f"{where}: required, and absent; add {where}=..."
-    return f"{where}={problem['input']!r}: {message}"
-
-
-def _fields_at(location: Sequence[Any]) -> set[str]:
-    """Names of the keys that the section at `location` takes."""
-    names: dict[str, Any] = {"": RunConfig}
-    for part in location:
-        kind = next((c for c in _sections(names[""]) if _kind(c) == part), None)
-        if kind is not None:
-            names[""] = kind
-        elif not isinstance(part, int) and isinstance(names[""], type) and part in names[""].model_fields:
-            names[""] = names[""].model_fields[part].annotation
-    found = [c for c in _sections(names[""])]
-    return {field for section in found for field in section.model_fields}
-
-
-def _kind(section: type[Section]) -> Any:
-    field = section.model_fields.get("kind")
-    return field.default if field else None
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    """The section classes inside an annotation such as A | B | None, Annotated or tuple[A, ...]."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-
-
-def knobs() -> list[tuple[str, str, str, str]]:
-    """All leaf knobs as (key, type, default, meaning), in the order of this file."""
-    rows = []
-
-    def walk(section: type[Section], prefix: str, variant: str) -> None:
-        for name, field in section.model_fields.items():
-            inner = _sections(field.annotation)
-            kind = _type_name(field.annotation)
-            if inner and not str(field.annotation).startswith("tuple"):
-                for child in inner:
-                    walk(child, f"{prefix}{name}.", f" ({_kind(child)})" if len(inner) > 1 else "")
-                continue
-            default = "required" if field.is_required() else repr(field.default)
-            rows.append((f"{prefix}{name}{variant}", kind, default, field.description or ""))
-            for child in inner:
-                walk(child, f"{prefix}{name}[].", "")
-
-    walk(RunConfig, "", "")
-    return rows

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mas_hpc.config import ATGRPOConfig, RunConfig, knobs
+from mas_hpc.config import ATGRPOConfig, RunConfig
+from mas_hpc.config_file import knobs
 
 
 def print_plan(config: RunConfig) -> None:
@@ -62,24 +63,20 @@ def print_knobs() -> None:
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
     """Accuracy with its 95% interval, tokens and verdict balance of every row; then the gain and who wins."""
+    from mas_hpc.evaluation.report.headline import sentences
+    from mas_hpc.evaluation.report.run_folder import Results
+
     table = Table(title="held-out questions", title_justify="left")
-    for column in ("system", "phase", "T", "accuracy", "95% interval", "tokens", "balanced verdicts"):
-        table.add_column(column, justify="left" if column in ("system", "phase", "balanced verdicts") else "right", no_wrap=True)
+    for column in ("system", "T", "accuracy", "95% interval", "tokens", "balanced accuracy of verdicts"):
+        table.add_column(column, justify="left" if column == "system" else "right")
     for row in results["rows"]:
-        balance = "  ".join(
-            f"{agent} {verdict['balanced_accuracy']:.3f}" if verdict["balanced_accuracy"] is not None else f"{agent} -"
-            for agent, verdict in row["verdicts"].items()
-        )
+        balance = {agent: verdict["balanced_accuracy"] for agent, verdict in row["verdicts"].items()}
         table.add_row(
-            row["name"], row["phase"], f"{row['temperature']:g}", f"{row['accuracy']:.1%}",
-            f"{row['low']:.1%} - {row['high']:.1%}", f"{row['tokens_per_question']:.1f}", balance,
+            row["name"], f"{row['temperature']:g}", f"{row['accuracy']:.1%}", f"{row['low']:.1%} - {row['high']:.1%}",
+            f"{row['tokens_per_question']:.1f}",
+            "  ".join(f"{agent} {value:.3f}" for agent, value in balance.items() if value is not None),
+            style="bold" if row["phase"] == "after" else "",
         )  # fmt: skip
     console.print(table)
-    for test in results["paired"]:
-        console.print(
-            f"team after minus before, T={test['temperature']:g}: {100 * test['difference']:+.1f} points "
-            f"[{100 * test['low']:+.1f}, {100 * test['high']:+.1f}], {test['wins']} questions won, {test['losses']} lost, "
-            f"p={test['p_value']:.2g}",
-            highlight=False,
-        )
-    console.print(results["verdict_sentence"], highlight=False)
+    for sentence in sentences(Results.model_validate(results)):
+        console.print(sentence, highlight=False)

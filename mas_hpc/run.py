@@ -369,10 +369,8 @@ def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team,
 
 
 def write_results(run: Run, rows: Sequence[benchmark.Row]) -> dict[str, Any]:
-    """results.json: rows, paired tests and the plain sentence of who wins."""
-    results = {
-        "rows": [row.to_json() for row in rows], "paired": benchmark.compare(rows), "verdict_sentence": benchmark.who_wins(rows),
-    }  # fmt: skip
+    """results.json: rows, and the paired tests of before against after."""
+    results = {"rows": [row.to_json() for row in rows], "paired": benchmark.compare(rows)}
     if run.world.is_first:
         (run.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     return results

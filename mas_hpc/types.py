@@ -51,7 +51,7 @@ class Turn:
 
     id: str
     parent: str | None
-    """The committed turn that this one continues; None at the root."""
+    """The turn that this one continues: committed, but for counterfactuals; None at the root."""
     task_id: str
     agent: str
     policy: str

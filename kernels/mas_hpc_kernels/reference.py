@@ -12,7 +12,7 @@ from torch import Tensor
 def linear_logprob(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, temperature: float = 1.0, need_entropy: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (log-probability of each target, entropy of each row), natural log, of softmax(hidden @ weight.T / temperature).
+    """Return each target's log-probability and each row's entropy under softmax(hidden @ weight.T / temperature).
 
     Differentiable in the log-probability; the entropy is a metric and carries no gradient (None unless needed).
     """

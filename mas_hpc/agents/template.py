@@ -31,6 +31,10 @@ class Template(Protocol):
         """A completion that ends by itself, as demonstrations need it."""
         ...
 
+    def limit(self, task: Task, agent: Agent) -> int:
+        """Most tokens that the agent may write."""
+        ...
+
     def read(self, agent: Agent, text: str) -> tuple[str | None, bool | None]:
         """(answer, verdict) of a completion; None for what the role does not give or what is unreadable."""
         ...
@@ -71,6 +75,10 @@ class ChatTemplate:
         """The text and the end-of-turn token."""
         return (*self._encode(text), self._encode(self._between)[0])
 
+    def limit(self, task: Task, agent: Agent) -> int:
+        """The agent's own limit."""
+        return agent.max_new_tokens
+
     def read(self, agent: Agent, text: str) -> tuple[str | None, bool | None]:
         """Answers as in answers.read_answer, verdicts as in answers.read_verdict."""
         if agent.role.produces == "answer":
@@ -79,19 +87,19 @@ class ChatTemplate:
 
 
 class CompactTemplate:
-    """One character a token: `Q31203=S01230.0C===!!-.Q31203=R12021.1V=====+.`; the agent samples the full stop.
+    """One character a token and no end token: `Q31203S012300C===!!-Q31203R120211V=====+`.
 
     The question is repeated before an answer, and the answer's first digit before a verdict (it closes the ring), so
     that what a two-layer model must look up stands at constant distances.
     """
 
-    END = "."
+    stop_ids = ()
 
     def __init__(self, tokenizer: Any) -> None:
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
-        self.stop_ids = self._encode(self.END)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def write(self, text: str) -> tuple[int, ...]:
+        """The characters' ids. Raises DataError naming characters outside the alphabet."""
         unknown = sorted(set(text) - set(self._vocabulary))
         if unknown:
             raise DataError(f"{text!r}: characters {unknown} are not in the tiny model's alphabet {sorted(self._vocabulary)}")
@@ -104,21 +112,19 @@ class CompactTemplate:
                 f"task {task.id}: the tiny model reads only data.kind ring and addition; "
                 "set model.path to a model with a chat template for other task sets"
             )
-        return self._encode(f"Q{task.compact}={agent.role.letter}")
+        return self.write(f"Q{task.compact}{agent.role.letter}")
 
     def cue(self, task: Task, agent: Agent, previous: Turn) -> tuple[int, ...]:
-        """The full stop when the turn was cut off, then the question or the first digit, then the cue letter."""
-        ended = previous.completion_ids[-1:] == self.stop_ids
-        lead = f"Q{task.compact}=" if agent.role.produces == "answer" else (previous.answer or "")[:1]
-        return self._encode(f"{'' if ended else self.END}{lead}{agent.role.letter}")
+        """The question or the first digit again, then the cue letter."""
+        lead = f"Q{task.compact}" if agent.role.produces == "answer" else (previous.answer or "")[:1]
+        return self.write(lead + agent.role.letter)
 
-    def write(self, text: str) -> tuple[int, ...]:
-        """The text and the full stop."""
-        return self._encode(text + self.END)
+    def limit(self, task: Task, agent: Agent) -> int:
+        """An answer is as long as the reference answer; a verdict is a mark for each of its digits, and + or -."""
+        return min(agent.max_new_tokens, len(task.answer) + (agent.role.produces == "verdict"))
 
     def read(self, agent: Agent, text: str) -> tuple[str | None, bool | None]:
         """The answer is the text; the verdict is its last character, + or -."""
-        body = text.strip().removesuffix(self.END)
         if agent.role.produces == "answer":
-            return body or None, None
-        return None, {"+": True, "-": False}.get(body[-1:])
+            return text or None, None
+        return None, {"+": True, "-": False}.get(text[-1:])

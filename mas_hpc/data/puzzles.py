@@ -1,4 +1,4 @@
-"""Our own generators: distinct questions that the tiny model can read, drawn without replacement from a numbered space."""
+"""Our own generators: distinct questions that the tiny model can read, drawn without replacement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORDS = ("Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
 def ring_tasks(config: RingConfig) -> list[Task]:
     """num_test + num_train distinct ring puzzles: x1..xn modulo m from the sums s_i = x_i + x_(i+1), x_(n+1) = x1.
 
-    `compact` is the sums, `answer` one solution drawn at random among all, each a string of n digits; any solution counts.
+    `compact` is the sums, `answer` one solution drawn at random, each a string of n digits; any solution counts.
     Example (n=5, m=4): compact="13130" has the solutions "01230" and "23012".
     Raises ConfigError when fewer distinct questions exist.
     """
@@ -48,15 +48,19 @@ def _ring_task(solution: list[int], modulus: int) -> Task:
         f"Find digits that fit (any solution counts) and write them from x1 to x{size} as one string of {size} digits."
     )
     return Task(
-        id=f"ring/{size}/{modulus}/{compact}", question=question, answer="".join(map(str, solution)), grader="ring", compact=compact
+        id=f"ring/{size}/{modulus}/{compact}",
+        question=question,
+        answer="".join(map(str, solution)),
+        grader="ring",
+        compact=compact,
     )
 
 
 def addition_tasks(config: AdditionConfig) -> list[Task]:
-    """num_test + num_train sums x + y. The unordered pairs {x, y} are distinct: no y + x leaks from training into the test.
+    """num_test + num_train sums x + y with distinct unordered {x, y}: no y + x leaks from training into the test.
 
-    One alphabet for all models: numbers are written least significant digit first and zero-padded (operands n digits, the
-    sum n + 1), in `compact` and `answer` alike, and `question` asks for that form; hence grader "exact".
+    One form for all models: numbers are written least significant digit first and zero-padded (operands n digits,
+    the sum n + 1), in `compact` and `answer` alike, and `question` asks for that form; hence grader "exact".
     Example: 12 + 30 (n=2) has compact="21+03", answer="240". Raises ConfigError when fewer distinct questions exist.
     """
     width = config.num_digits
@@ -78,7 +82,11 @@ def _addition_task(x: int, y: int, width: int) -> Task:
     )
     compact = f"{_reversed(x, width)}+{_reversed(y, width)}"
     return Task(
-        id=f"addition/{width}/{x}+{y}", question=question, answer=_reversed(x + y, width + 1), grader="exact", compact=compact
+        id=f"addition/{width}/{x}+{y}",
+        question=question,
+        answer=_reversed(x + y, width + 1),
+        grader="exact",
+        compact=compact,
     )
 
 
@@ -91,8 +99,8 @@ def _draw(config: RingConfig | AdditionConfig, available: int, rng: random.Rando
     wanted = config.num_test + config.num_train
     if wanted > available:
         raise ConfigError(
-            f"data.num_train={config.num_train}, data.num_test={config.num_test}: {wanted} distinct questions wanted, but only "
-            f"{available} exist with {space}; ask for at most {available} together, or raise data.num_digits"
+            f"data.num_train={config.num_train}, data.num_test={config.num_test}: {wanted} distinct questions wanted, "
+            f"but only {available} exist with {space}; ask for at most {available} together, or raise data.num_digits"
             + (" or data.modulus" if isinstance(config, RingConfig) else "")
         )
     return rng.sample(range(available), wanted)

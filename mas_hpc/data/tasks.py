@@ -1,4 +1,4 @@
-"""Task sets: our generators, reasoning-gym by name, GSM8K, MATH and plain jsonl. Training and test questions are disjoint."""
+"""Task sets: our generators, reasoning-gym by name, GSM8K, MATH and plain jsonl; training and test are disjoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mas_hpc.config import AdditionConfig, DataConfig, Gsm8kConfig, JsonlConfig, MathConfig, ReasoningGymConfig, RingConfig
+from mas_hpc.config import (
+    AdditionConfig,
+    DataConfig,
+    Gsm8kConfig,
+    JsonlConfig,
+    MathConfig,
+    ReasoningGymConfig,
+    RingConfig,
+)
 from mas_hpc.data.puzzles import addition_tasks, ring_tasks
 from mas_hpc.errors import ConfigError, DataError
 from mas_hpc.types import Task
@@ -26,7 +34,7 @@ log = logging.getLogger(__name__)
 _HASH_DEPENDENT = frozenset(
     ("isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder")
 )
-"""Data sets of reasoning-gym 0.1.25 whose entries follow the order of Python's sets, so that every process makes others."""
+"""Data sets of reasoning-gym 0.1.25 whose entries follow the order of Python's sets: every process makes others."""
 
 
 def load_tasks(config: DataConfig) -> tuple[Tasks, Tasks]:
@@ -50,7 +58,7 @@ def last_boxed(text: str) -> str | None:
     Example: last_boxed(r"so \boxed{\frac{1}{2}}.") == r"\frac{1}{2}"
     """
     for opening in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?<=\s)[^{$]+\$)", text))):
-        if opening[1] != "{":  # TeX's unbraced argument, read to the end of the formula as the MATH authors' own code does
+        if opening[1] != "{":  # TeX's unbraced argument, read to the end of the formula as the MATH authors' code does
             return opening[1].rstrip("$").strip()
         depth = 1
         for brace in re.finditer(r"\\.|[{}]", text[opening.end() :], re.DOTALL):
@@ -69,28 +77,29 @@ def _cut(tasks: Sequence[Task], config: RingConfig | AdditionConfig | ReasoningG
 
 
 def _reasoning_gym_tasks(config: ReasoningGymConfig) -> list[Task]:
-    """Distinct questions; the id says how to generate the entry again, which the library's own scorer needs for grading.
+    """Distinct questions; the id says how to generate the entry again, which the library's own scorer needs.
 
     `answer` is "" where the library gives none and only scores.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ConfigError("data.kind=reasoning_gym: the library is not installed; run: pip install 'reasoning-gym>=0.1.25'")
+        raise ConfigError("data.kind=reasoning_gym: the library is not installed; run: pip install reasoning-gym")
     from reasoning_gym.factory import DATASETS, create_dataset
 
     if config.name not in DATASETS:
         near = difflib.get_close_matches(config.name, DATASETS, n=5, cutoff=0.4)
-        raise ConfigError(f"data.name={config.name!r}: reasoning-gym has no such data set; near names: {near or sorted(DATASETS)}")
+        names = f"near names: {near}" if near else f"expected one of {sorted(DATASETS)}"
+        raise ConfigError(f"data.name={config.name!r}: reasoning-gym has no such data set; {names}")
     if config.name in _HASH_DEPENDENT and sys.flags.hash_randomization:
         raise ConfigError(
-            f"data.name={config.name!r}: its questions change with Python's hash seed, so ranks and graders would disagree; "
-            "set the environment variable PYTHONHASHSEED=0, or choose another data set"
+            f"data.name={config.name!r}: its questions change with Python's hash seed, so ranks and graders would "
+            "disagree; set the environment variable PYTHONHASHSEED=0, or choose another data set"
         )
     wanted = config.num_test + config.num_train
     num_entries = 4 * wanted  # some data sets repeat themselves
     try:
         entries = create_dataset(config.name, seed=config.seed, size=num_entries)
     except (AssertionError, TypeError) as error:
-        raise ConfigError(f"data.name={config.name!r}: needs settings of its own ({error}); choose another data set") from None
+        raise ConfigError(f"data.name={config.name!r}: needs settings of its own ({error}); choose another") from None
     tasks: dict[str, Task] = {}
     for index in range(num_entries):
         entry = entries[index]
@@ -100,8 +109,8 @@ def _reasoning_gym_tasks(config: ReasoningGymConfig) -> list[Task]:
         if len(tasks) == wanted:
             return list(tasks.values())
     raise ConfigError(
-        f"data.num_train={config.num_train}, data.num_test={config.num_test}: {wanted} distinct questions wanted, but "
-        f"{num_entries} draws of {config.name!r} gave {len(tasks)}; ask for fewer"
+        f"data.num_train={config.num_train}, data.num_test={config.num_test}: {wanted} distinct questions wanted, "
+        f"but {num_entries} draws of {config.name!r} gave {len(tasks)}; ask for fewer"
     )
 
 
@@ -112,7 +121,7 @@ def _reasoning_gym_tasks(config: ReasoningGymConfig) -> list[Task]:
 class _Row:
     """One line of a data set.
 
-    Example: _Row(split="test", number=1, where="gsm8k/test.jsonl:1", values={"question": "...", "answer": "... #### 42"})
+    Example: _Row(split="test", number=1, where="gsm8k/test.jsonl:1", values={"question": "...", "answer": "#### 42"})
     """
 
     split: str
@@ -135,9 +144,10 @@ def _from_rows(config: FileConfig) -> tuple[Tasks, Tasks]:
         test, rest = tasks[: config.num_test], tasks[config.num_test :]
     train = rest[: config.num_train]
     if not train:
+        found = sum(map(len, splits.values()))
         raise DataError(
-            f"data.path={config.path}: {sum(map(len, splits.values()))} different questions, of which data.num_test={config.num_test} "
-            "leaves none for training; lower data.num_test"
+            f"data.path={config.path}: {found} different questions, of which data.num_test={config.num_test} leaves "
+            "none for training; lower data.num_test"
         )
     for key, found, asked in (("num_train", len(train), config.num_train), ("num_test", len(test), config.num_test)):
         if found < asked:
@@ -167,13 +177,14 @@ def _read_splits(config: FileConfig) -> dict[str, list[_Row]]:
 def _read_jsonl(file: Path, split: str) -> list[_Row]:
     if not file.is_file():
         raise DataError(
-            f"data.path: {file}: no such file; expected one JSON object a line (a folder needs train.jsonl and test.jsonl; "
-            f"a single file is split){_near_names(file)}"
+            f"data.path: {file}: no such file; expected one JSON object a line (a folder needs train.jsonl and "
+            f"test.jsonl; a single file is split){_near_names(file)}"
         )
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); expected one JSON object a line") from None
+        problem = f"{error.reason} at byte {error.start}"
+        raise DataError(f"{file}: not UTF-8 text ({problem}); expected one JSON object a line") from None
     rows = list(_parse_lines(file, split, lines))
     if not rows:
         raise DataError(f"{file}: the file is empty; expected one JSON object a line")
@@ -188,7 +199,8 @@ def _parse_lines(file: Path, split: str, lines: Sequence[str]) -> Iterator[_Row]
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); expected one object a line") from None
+            problem = f"{error.msg} at column {error.colno}"
+            raise DataError(f"{where}: not JSON ({problem}); expected one object a line") from None
         if not isinstance(values, dict):
             raise DataError(f"{where}: a JSON {type(values).__name__}; expected one object a line")
         yield _Row(split=split, number=number, where=where, values=values)
@@ -212,7 +224,8 @@ def _read_hub(config: FileConfig) -> dict[str, list[_Row]]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"data.path={config.path!r}: no such file or folder here, and as a data set of the hub: {reason}; "
-            f"expected a folder with train.jsonl and test.jsonl, one jsonl file, or a hub name{_near_names(Path(config.path))}"
+            "expected a folder with train.jsonl and test.jsonl, one jsonl file, or a hub name"
+            + _near_names(Path(config.path))
         ) from None
     chosen = [split for split in ("train", "test") if split in splits] or list(splits)[:1]
     return {
@@ -230,41 +243,47 @@ def _read_hub(config: FileConfig) -> dict[str, list[_Row]]:
 def _to_task(row: _Row, config: FileConfig) -> Task:
     identity = f"{config.kind}/{row.split}/{row.number}"
     if isinstance(config, JsonlConfig):
-        question, answer = _text(row, config.question_key, "data.question_key"), _text(row, config.answer_key, "data.answer_key")
+        question = _text(row, config.question_key, "set data.question_key")
+        answer = _text(row, config.answer_key, "set data.answer_key")
         return Task(id=identity, question=question, answer=answer, grader=config.grader)
     question_key, read = _READERS[config.kind]
-    return Task(id=identity, question=_text(row, question_key, "data.kind"), answer=read(row), grader="math")
+    answer, solution = read(row)
+    return Task(id=identity, question=_text(row, question_key), answer=answer, grader="math", solution=solution)
 
 
-def _gsm8k_answer(row: _Row) -> str:
-    text = _text(row, "answer", "data.kind")
-    _, marker, tail = text.rpartition("####")
-    answer = tail.strip().rstrip(".").replace(",", "").removeprefix("$")
-    if not marker or not re.fullmatch(r"-?\d+(\.\d+)?", answer):
-        raise DataError(f"{row.where}: the answer ends in {text[-40:]!r}; expected '#### <number>' (data.kind=jsonl takes bare answers)")
-    return answer
+def _gsm8k_answer(row: _Row) -> tuple[str, str]:
+    """The number after the last `####`, and the reasoning without calculator marks."""
+    text = _text(row, "answer")
+    reasoning, marker, tail = text.rpartition("####")
+    answer = tail.strip().removesuffix(".").replace(",", "").removeprefix("$")
+    if not marker or not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", answer):
+        remedy = "data.kind=jsonl takes bare answers"
+        raise DataError(f"{row.where}: the answer ends in {text[-40:]!r}; expected '#### <number>'; {remedy}")
+    return answer, re.sub(r"<<.*?>>", "", reasoning).strip()
 
 
-def _math_answer(row: _Row) -> str:
-    answer = last_boxed(_text(row, "solution", "data.kind")) if "solution" in row.values else None
-    if answer:
-        return answer
-    if "answer" not in row.values:
-        raise DataError(f"{row.where}: no balanced \\boxed{{}} in 'solution' and no column 'answer'; it has {sorted(row.values)}")
-    return _text(row, "answer", "data.kind")
+def _math_answer(row: _Row) -> tuple[str, str]:
+    """The last boxed formula of the solution, else the column `answer`; and the solution."""
+    solution = _text(row, "solution") if "solution" in row.values else ""
+    answer = last_boxed(solution)
+    if not answer and "answer" not in row.values:
+        columns = sorted(row.values)
+        raise DataError(f"{row.where}: no balanced \\boxed{{}} in 'solution' and no column 'answer'; it has {columns}")
+    return answer or _text(row, "answer"), solution
 
 
-_READERS: dict[str, tuple[str, Callable[[_Row], str]]] = {"gsm8k": ("question", _gsm8k_answer), "math": ("problem", _math_answer)}
+_READERS: dict[str, tuple[str, Callable[[_Row], tuple[str, str]]]] = {
+    "gsm8k": ("question", _gsm8k_answer),
+    "math": ("problem", _math_answer),
+}
 
 
-def _text(row: _Row, column: str, knob: str) -> str:
+def _text(row: _Row, column: str, remedy: str = "choose the data.kind that fits, or data.kind=jsonl") -> str:
     """The column as trimmed text; numbers are written out."""
     if column not in row.values:
-        raise DataError(f"{row.where}: no column {column!r}; it has {sorted(row.values)}; set {knob}")
+        raise DataError(f"{row.where}: no column {column!r}; it has {sorted(row.values)}; {remedy}")
     value = row.values[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{row.where}: column {column!r} holds {value!r:.60}; expected text or a number")
-    text = str(value).strip()
+    text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
     if not text:
-        raise DataError(f"{row.where}: column {column!r} is empty; expected text or a number")
+        raise DataError(f"{row.where}: column {column!r} holds {value!r:.60}; expected text or a number")
     return text

@@ -26,7 +26,7 @@ BASE = -1
 class TokenTree:
     """A forest in depth-first order (a token's index is where it enters) and the tokens predicted along it.
 
-    Example: prompt (1, 2) with completions (3, 9) and (4,) has token_T [1, 2, 3], predictor_N [1, 2, 1], target_N [3, 9, 4].
+    Example: (1, 2) with completions (3, 9) and (4,): token_T [1, 2, 3], predictor_N [1, 2, 1], target_N [3, 9, 4].
     """
 
     token_T: Tensor
@@ -60,7 +60,7 @@ class TokenTree:
 def pack(samples: Sequence[Sample], *, adapters: Mapping[str, int], scope: Scope) -> TokenTree:
     """Merge the samples' paths into one forest. A policy that `adapters` does not name is the base model.
 
-    Each path ends where its last target is predicted, so the last token is run only if another path continues through it.
+    Each path ends where its last target is predicted: the last token is run only if another path continues through it.
     Raises DataError for a completion without a prompt or without a trained token, for lengths that disagree, and when
     nothing is left to train on.
     """
@@ -91,7 +91,8 @@ def split(
 ) -> list[list[Sample]]:
     """Divide samples into forests of at most `max_tokens` tree tokens, nothing truncated; order of trees is kept.
 
-    A tree that is larger is divided between its samples in path order; a sample that alone is larger is a part of its own.
+    A tree that is larger is divided between its samples in path order; a sample larger than the budget is a part alone.
+    `adapters` and `scope` as in `pack`: an adapter that covers prompts makes a tree larger.
     """
     by_tree: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -139,9 +140,13 @@ def _trained(sample: Sample) -> IntArray:
     mask = sample.loss_mask or (True,) * len(sample.completion_ids)
     _check_length(sample, "loss_mask", len(mask))
     if sample.completion_ids and not any(mask):
-        raise DataError(f"sample {sample.id}: loss_mask trains none of {len(mask)} completion tokens; leave the sample out")
+        raise DataError(
+            f"sample {sample.id}: loss_mask trains none of {len(mask)} completion tokens; leave the sample out"
+        )
     if sample.completion_ids and not sample.prompt_ids:
-        raise DataError(f"sample {sample.id}: empty prompt, so nothing predicts the first completion token; begin it with BOS")
+        raise DataError(
+            f"sample {sample.id}: empty prompt, so nothing predicts the first completion token; begin it with BOS"
+        )
     return len(sample.prompt_ids) + np.flatnonzero(mask)
 
 
@@ -154,7 +159,9 @@ def _behavior(sample: Sample) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
 def _check_length(sample: Sample, name: str, length: int) -> None:
     if length != len(sample.completion_ids):
         expected = len(sample.completion_ids)
-        raise DataError(f"sample {sample.id}: {name} has {length} values for {expected} completion tokens; give one each or none")
+        raise DataError(
+            f"sample {sample.id}: {name} has {length} values for {expected} completion tokens; give one each or none"
+        )
 
 
 def _path(sample: Sample, adapters: Mapping[str, int], scope: Scope) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -168,10 +175,10 @@ def _token_adapters(sample: Sample, adapters: Mapping[str, int], scope: Scope) -
     own = adapters.get(sample.policy, BASE)
     if scope == "sequence":
         return (own,) * len(_ids(sample))
-    if sum(length for _, length in sample.prompt_spans) != len(sample.prompt_ids):
+    if (total := sum(length for _, length in sample.prompt_spans)) != len(sample.prompt_ids):
         raise DataError(
-            f"sample {sample.id}: prompt_spans {sample.prompt_spans} do not add up to {len(sample.prompt_ids)} prompt tokens, "
-            "so speaker scope cannot tell who wrote them; record the spans or use adapter scope `sequence`"
+            f"sample {sample.id}: prompt_spans add up to {total}, not to the {len(sample.prompt_ids)} prompt tokens, "
+            "so speaker scope cannot tell who wrote what; record them or use adapter scope `sequence`"
         )
     prompt = [adapters.get(policy, BASE) for policy, length in sample.prompt_spans for _ in range(length)]
     return (*prompt, *(own,) * len(sample.completion_ids))

@@ -22,7 +22,7 @@ class Row:
 
     name: str
     phase: str
-    """before or after the method's training."""
+    """before or after the method's training: the team; control: what it is compared with."""
     temperature: float
     right: tuple[bool, ...]
     """One entry a question, in the same order in every row."""
@@ -45,7 +45,7 @@ def team_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
     """The team's own answers."""
     right = tuple(trace.reward == 1.0 for trace in traces)
     return Row(
-        name="team", phase=phase, temperature=temperature, right=right, tokens_per_question=tokens_per_question(traces),
+        name=f"team, {phase} training", phase=phase, temperature=temperature, right=right, tokens_per_question=tokens_per_question(traces),
         verdicts=verdict_balance(traces),
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def first_speaker_row(traces: Sequence[Trace], *, phase: str, temperature: float
     """The team's first agent alone: the first turns of the team's own traces."""
     first = [trace.path[0] for trace in traces]
     return Row(
-        name=f"{first[0].agent} alone", phase=phase, temperature=temperature, right=tuple(bool(turn.truth) for turn in first),
+        name=f"{first[0].agent} alone, {phase}", phase="control", temperature=temperature, right=tuple(bool(turn.truth) for turn in first),
         tokens_per_question=fmean(len(turn.completion_ids) for turn in first), verdicts={},
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ def vote_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
     right = tuple(grade(trace.task, majority(turn.answer for turn in trace.turns)) for trace in traces)
     size = len(traces[0].turns)
     return Row(
-        name=f"majority vote of {size}", phase=phase, temperature=temperature, right=right,
+        name=f"majority vote of {size}, {phase}", phase="control", temperature=temperature, right=right,
         tokens_per_question=tokens_per_question(traces), verdicts={},
     )  # fmt: skip
 
@@ -75,7 +75,7 @@ def best_of_n_row(tries: Sequence[Sequence[Trace]], *, phase: str, temperature: 
     `tries[question]` are the tries that were made. Tokens count answers and verdicts.
     """
     return Row(
-        name=f"best of {max(map(len, tries))}, own critic", phase=phase, temperature=temperature,
+        name=f"best of {max(map(len, tries))} by own critic, {phase}", phase="control", temperature=temperature,
         right=tuple(made[-1].reward == 1.0 for made in tries),
         tokens_per_question=fmean(sum(trace.num_completion_tokens for trace in made) for made in tries),
         verdicts=verdict_balance([trace for made in tries for trace in made]),
@@ -99,25 +99,7 @@ def verdict_balance(traces: Sequence[Trace]) -> dict[str, VerdictBalance]:
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Paired tests of the team, before against after, for each temperature that has both."""
     found = []
-    for after in (row for row in rows if row.name == "team" and row.phase == "after"):
-        for before in (row for row in rows if (row.name, row.phase, row.temperature) == ("team", "before", after.temperature)):
+    for after in (row for row in rows if row.phase == "after"):
+        for before in (row for row in rows if row.phase == "before" and row.temperature == after.temperature):
             found.append({"temperature": after.temperature, **asdict(paired_test(before.right, after.right))})
     return found
-
-
-def who_wins(rows: Sequence[Row]) -> str:
-    """One plain sentence: the team as last measured against its best control at temperature above 0, by a paired test."""
-    phase = "after" if any(row.phase == "after" for row in rows) else "before"
-    sampled = [row for row in rows if row.phase == phase and row.temperature > 0]
-    team = next((row for row in sampled if row.name == "team"), None)
-    controls = [row for row in sampled if row.name != "team"]
-    if team is None or not controls:
-        return "No control was run beside the team."
-    best = max(controls, key=lambda row: row.accuracy)
-    test = paired_test(best.right, team.right)
-    verb = "equals, within noise," if test.low <= 0 <= test.high else ("beats" if test.difference > 0 else "loses to")
-    return (
-        f"At T={team.temperature:g} the team ({team.accuracy:.1%}, {team.tokens_per_question:.0f} tokens a question) {verb} "
-        f"its best control, {best.name} ({best.accuracy:.1%}, {best.tokens_per_question:.0f} tokens): "
-        f"{100 * test.difference:+.1f} points [{100 * test.low:+.1f}, {100 * test.high:+.1f}], p={test.p_value:.2g}."
-    )

@@ -1,8 +1,8 @@
-"""Judging model text in a child process, because the libraries that do it can hang or crash on text of a few characters.
+"""Judging model text in a child process, because the libraries that do it can hang or crash on very short text.
 
-An answer such as 9^{9^{9^9}} keeps sympy busy for ever, and math-verify's own time limit needs the main thread of a POSIX
-process. Here the child limits itself with faulthandler's watchdog, which needs neither, and the parent reads end-of-file.
-This file is also the child's program: it imports nothing of ours, since it runs by path, whatever folder the parent is in.
+An answer such as 9^{9^{9^9}} keeps sympy busy for ever, and math-verify's own time limit needs the main thread of a
+POSIX process. Here the child limits itself with faulthandler's watchdog, which needs neither, and the parent reads
+end-of-file. This file is also the child's program; run by path, it imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ import threading
 from collections.abc import Callable
 from typing import IO
 
-TIMEOUT_S = 10.0
-"""Wall time for one judgement; an honest one takes milliseconds."""
-
 
 class JudgeError(Exception):
     """The reference, not the model's text, cannot be judged."""
 
 
 class Judge:
-    """The child process: started at the first question, started again after it ended itself, and ended with the parent."""
+    """The child process: started at the first question, again after it ended itself, and ended with the parent."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 10.0) -> None:
+        """`timeout_s`: wall time for one judgement; an honest one takes milliseconds."""
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
-        self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (as long as we live)
+        self._log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (ours for life)
 
     def ask(self, kind: str, reference: str, answer: str, question: str = "") -> bool:
-        """Is `answer` right? False when it cannot be judged in time. Raises JudgeError when the reference cannot be read."""
+        """Is `answer` right? False when it cannot be judged in time. Raises JudgeError for an unreadable reference."""
         request = json.dumps([kind, reference, answer, question])
         with self._lock:
             if self._child is None or self._child.poll() is not None:
-                self._child = subprocess.Popen(
-                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="ascii"
-                )
+                pipe = subprocess.PIPE
+                command = [sys.executable, __file__, str(self._timeout_s)]
+                self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._log, encoding="ascii")
             assert self._child.stdin is not None and self._child.stdout is not None
             self._child.stdin.write(request + "\n")
             self._child.stdin.flush()
@@ -67,7 +66,7 @@ def _math(reference: str, answer: str, _question: str) -> Callable[[], bool]:
         return list(parse(f"${text}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None))
 
     gold = read(reference)
-    if not gold:
+    if all(isinstance(reading, str) for reading in gold):  # the text itself, which is all that is left of a non-formula
         raise JudgeError("math-verify cannot read it as a formula")
     return lambda: bool(verify(gold, read(answer), timeout_seconds=None))
 
@@ -87,7 +86,7 @@ def _entries(name: str, seed: int, size: int):  # type: ignore[no-untyped-def]  
     return importlib.import_module("reasoning_gym").create_dataset(name, seed=seed, size=size)
 
 
-def _serve() -> None:
+def _serve(timeout_s: float) -> None:
     """Answer each request line by "ready" and true | false, or by the JSON text of what is wrong with the reference."""
     replies, sys.stdout = sys.stdout, sys.stderr  # what the libraries print must not mix with the replies
     with open(os.devnull, "w") as nowhere:
@@ -99,7 +98,7 @@ def _serve() -> None:
                 print(json.dumps(str(error)), file=replies, flush=True)
                 continue
             print("ready", file=replies, flush=True)
-            faulthandler.dump_traceback_later(TIMEOUT_S, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(timeout_s, exit=True, file=nowhere)
             verdict = judge()
             faulthandler.cancel_dump_traceback_later()
             print(json.dumps(verdict), file=replies, flush=True)
@@ -107,4 +106,4 @@ def _serve() -> None:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its modules must not shadow the libraries'
-    _serve()
+    _serve(float(sys.argv[1]))

@@ -39,20 +39,17 @@ class Route:
 
 
 class BankLinear(nn.Module):
-    """A frozen linear layer with one low-rank update per policy. `weight` and `bias` keep their names in checkpoints."""
+    """A frozen linear layer and one low-rank update per policy; `weight` and `bias` keep their names in checkpoints."""
 
     def __init__(self, base: nn.Linear, generators: Sequence[torch.Generator], rank: int, route: Route) -> None:
         super().__init__()
         self.weight, self.bias, self.route = base.weight, base.bias, route
-        options = {"device": base.weight.device, "dtype": torch.promote_types(base.weight.dtype, torch.float32)}
-        # The parameters are row blocks of these two, so that decoding needs no concatenation: 39 MB a step for
-        # 4 adapters of a 135M model. Moving the module parts them again; `_join` then concatenates.
-        self._all_a = torch.empty(len(generators) * rank, base.in_features, **options)
-        self._all_b = torch.zeros(len(generators) * rank, base.out_features, **options)
-        for block, generator in zip(self._all_a.split(rank), generators, strict=True):
-            block.copy_(nn.init.kaiming_uniform_(torch.empty(block.shape), a=math.sqrt(5), generator=generator))
-        self.lora_a = nn.ParameterList(nn.Parameter(block) for block in self._all_a.split(rank))
-        self.lora_b = nn.ParameterList(nn.Parameter(block) for block in self._all_b.split(rank))
+        like = base.weight.new_empty(0, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        blocks = [torch.empty(rank, base.in_features) for _ in generators]
+        for block, generator in zip(blocks, generators, strict=True):
+            nn.init.kaiming_uniform_(block, a=math.sqrt(5), generator=generator)
+        self.lora_a = nn.ParameterList(nn.Parameter(block.to(like)) for block in blocks)
+        self.lora_b = nn.ParameterList(nn.Parameter(like.new_zeros(rank, base.out_features)) for _ in blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [1, T, in] to [1, T, out]; without a route any shape, by the base alone."""
@@ -61,7 +58,8 @@ class BankLinear(nn.Module):
         if gate is None:
             return base
         assert x.shape[:-1] == (1, len(gate)), f"route is for a flat row of {len(gate)} tokens, input is {x.shape}"
-        a_all, b_all = _join(self._all_a, self.lora_a, active), _join(self._all_b, self.lora_b, active)
+        # Joined anew in each pass: even in a decoding step of 8 tokens, a cache saved nothing measurable.
+        a_all, b_all = (torch.cat([part[index] for index in active]) for part in (self.lora_a, self.lora_b))
         delta = (F.linear(x.to(a_all.dtype), a_all) * gate) @ b_all
         return base + delta.to(base.dtype)
 
@@ -90,7 +88,8 @@ class AdapterBank:
         """Freeze the model and give its linear layers of the named kinds one adapter per policy, in place.
 
         A is drawn as PEFT draws it, from a generator per policy (seed + index); B is zero, so that nothing changes yet.
-        Install on the model's final device and dtype. Raises ConfigError when a target is not a linear layer.
+        Adapters live on the base weight's device, in float32 or, on a float64 base, float64.
+        Raises ConfigError when a target is not a linear layer.
         """
         assert policies and len(set(policies)) == len(policies), f"policies must be distinct: {policies}"
         targets = _find_targets(model, target_modules)
@@ -110,9 +109,8 @@ class AdapterBank:
         """
         route = self._route
         assert not route.is_open, "a route is open already"
-        route.is_open = True
-        if adapter_T is not None:
-            route.active, route.gate = self._gate(adapter_T)
+        active, gate = ((), None) if adapter_T is None else self._gate(adapter_T)
+        route.is_open, route.active, route.gate = True, active, gate
         try:
             yield
         finally:
@@ -123,12 +121,10 @@ class AdapterBank:
         if not present:
             return (), None
         assert present[-1] < len(self.policies), f"adapter {present[-1]} of {len(self.policies)}"
-        # Training leaves absent policies out of the graph; decoding computes a consecutive range, which is a view.
-        active = present if torch.is_grad_enabled() else range(present[0], present[-1] + 1)
-        column_P = torch.tensor(active, device=adapter_T.device).repeat_interleave(self.rank)
+        column_P = torch.tensor(present, device=adapter_T.device).repeat_interleave(self.rank)
         layer = next(iter(self._layers.values()))
         gate = (adapter_T[:, None] == column_P).to(layer.lora_a[0]) * (self.alpha / self.rank)
-        return tuple(active), gate
+        return tuple(present), gate
 
     def parameters_of(self, policy: str) -> list[nn.Parameter]:
         """The trainable parameters of one policy: A and B of each layer."""
@@ -183,7 +179,7 @@ class AdapterBank:
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": sorted({name.rpartition(".")[2] for name in self._layers}),
+            "target_modules": sorted({_leaf(name) for name in self._layers}),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +189,7 @@ class AdapterBank:
             raise CheckpointError(f"{folder}: cannot write the adapter of policy {policy!r}: {error}") from error
 
     def load(self, policy: str, folder: Path) -> None:
-        """Read one adapter in PEFT's format. Raises CheckpointError when files are missing or it does not fit the bank."""
+        """Read one adapter in PEFT's format. Raises CheckpointError when it is incomplete or does not fit the bank."""
         try:
             config = json.loads((folder / CONFIG_FILE).read_text())
             tensors = load_file(folder / WEIGHTS_FILE)
@@ -213,39 +209,29 @@ class AdapterBank:
         self.assign(policy, tensors)
 
 
-def _join(all_rows: Tensor, blocks: nn.ParameterList, active: Sequence[int]) -> Tensor:
-    """Stack the active blocks, [P*r, width]: without gradient a view of `all_rows` where the blocks still live in it."""
-    parts = [blocks[index] for index in active]
-    if not torch.is_grad_enabled():
-        rank, start = len(parts[0]), all_rows.data_ptr()
-        block_bytes = parts[0].nbytes
-        view = all_rows[active[0] * rank : (active[-1] + 1) * rank]
-        at_home = all(part.data_ptr() == start + i * block_bytes for part, i in zip(parts, active, strict=True))
-        if at_home and len(view) == len(parts) * rank:
-            return view
-    return torch.cat(parts)
-
-
 def _peft_keys(name: str) -> tuple[str, str]:
     return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
 
 
 def _find_targets(model: PreTrainedModel, target_modules: Sequence[str]) -> dict[str, nn.Linear]:
-    """Linear layers below the head by full name. Raises ConfigError when a target is none."""
-    leaves = {name: name.rpartition(".")[2] for name, _ in model.named_modules()}
-    modules = dict(model.named_modules())
+    """The named linear layers below the head, by full name. Raises ConfigError when one is missing or none is named."""
     head = model.get_output_embeddings()
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
-    available = sorted({leaves[name] for name in linears})
-    for target in target_modules:
-        if any(leaves[name] == target and isinstance(module, Conv1D) for name, module in modules.items()):
-            raise ConfigError(
-                f"adapters.target_modules: {target} of {model.config.model_type} is a Conv1D, which has no adapter; "
-                "train the full model (adapters.policies=shared) or choose a Llama- or Qwen-like model"
-            )
-        if target not in available:
-            raise ConfigError(
-                f"adapters.target_modules: {target!r} is no linear layer of {model.config.model_type}; "
-                f"expected some of {available}"
-            )
-    return {name: linear for name, linear in linears.items() if leaves[name] in target_modules}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    available = {_leaf(name) for name in linears}
+    unsuited = {_leaf(name) for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    kind = model.config.model_type
+    if unsuited.intersection(target_modules):
+        raise ConfigError(
+            f"adapters.target_modules: {sorted(unsuited.intersection(target_modules))} of {kind} are Conv1D layers, "
+            "which take no adapter; train the full model (adapters.policies=shared) or choose a Llama-like model"
+        )
+    if not target_modules or not available.issuperset(target_modules):
+        raise ConfigError(
+            f"adapters.target_modules: {sorted(set(target_modules) - available)} are no linear layers of {kind}; "
+            f"expected at least one of {sorted(available)}"
+        )
+    return {name: linear for name, linear in linears.items() if _leaf(name) in target_modules}
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

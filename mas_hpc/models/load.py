@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as tokenizer_models
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from mas_hpc.config import ModelConfig
-from mas_hpc.errors import CheckpointError, ConfigError, DataError
+from mas_hpc.errors import CheckpointError, ConfigError
 from mas_hpc.models import smollm2
 from mas_hpc.models.attention import prepare
 
@@ -48,27 +49,9 @@ def load_model(config: ModelConfig, *, seed: int) -> tuple[PreTrainedModel, PreT
     return prepare(model.eval()), tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids without added special tokens. Raises DataError for a character that the tiny model's alphabet lacks."""
-    if _is_character_level(tokenizer):
-        unknown = sorted(set(text) - set(tokenizer.get_vocab()))
-        if unknown:
-            raise DataError(
-                f"text {text!r:.60} has characters {unknown} that the tiny model's alphabet lacks; expected only {ALPHABET!r}; "
-                "choose a task set with a compact form (data.kind=ring or addition), or another model.path"
-            )
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _is_character_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return isinstance(tokenizer, PreTrainedTokenizerFast) and isinstance(
-        tokenizer.backend_tokenizer.model, tokenizer_models.WordLevel
-    )
-
-
 def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate((*ALPHABET, "<pad>", "<eos>"))}
-    characters = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<none>"))
+    characters = Tokenizer(WordLevel(vocabulary, unk_token="<none>"))  # absent, so it raises
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -83,8 +66,8 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
 def _tiny_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if config.hidden_size % (2 * config.num_heads):
         raise ConfigError(
-            f"model.hidden_size={config.hidden_size}, model.num_heads={config.num_heads}: heads need an equal and even width; "
-            f"expected model.hidden_size to be a multiple of {2 * config.num_heads}"
+            f"model.hidden_size={config.hidden_size}, model.num_heads={config.num_heads}: heads need an equal and even "
+            f"width; expected model.hidden_size to be a multiple of {2 * config.num_heads}"
         )
     tokenizer = _tiny_tokenizer()
     shape = LlamaConfig(
@@ -112,16 +95,20 @@ def _pretrained(config: ModelConfig, path: str) -> tuple[PreTrainedModel, PreTra
     source = {"local_files_only": local.is_dir(), "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True, **source
         )
     except SafetensorError as error:
-        raise CheckpointError(f"model.path={path!r}: damaged weights ({error}); copy or download the model again") from None
+        raise CheckpointError(f"model.path={path!r}: damaged weights ({error}); copy the model again") from None
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loadable(path, local, error)) from None
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
-        raise CheckpointError(f"model.path={path!r}: {len(missing)} weights are missing, such as {missing[:3]}; they would be random")
+        raise CheckpointError(
+            f"model.path={path!r}: {len(missing)} weights are missing, such as {missing[:3]}, and would be "
+            "random; copy the model again, or choose one that was saved as a causal language model"
+        )
     return model, tokenizer
 
 
@@ -130,8 +117,8 @@ def _not_loadable(path: str, local: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())[:400]
     if local.is_dir():
         return (
-            f"model.path={path!r}: the folder holds no model that can be loaded; expected config.json, *.safetensors and "
-            f"tokenizer files of a causal language model ({reason})"
+            f"model.path={path!r}: the folder holds no model that can be loaded; expected config.json, *.safetensors "
+            f"and tokenizer files of a causal language model ({reason})"
         )
     names = ["tiny", "smollm2"] + ([entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else [])
     near = difflib.get_close_matches(local.name, names, n=3)

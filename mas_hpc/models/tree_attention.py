@@ -1,9 +1,9 @@
 """Attention along a forest of tokens: each attends to itself and its ancestors, and no T x T mask is ever built.
 
-The forest is cut into blocks. A block is an interval of queries below one branching point; its keys are the tokens above that
-point and the interval itself. Blocks of similar shape are padded into one scaled_dot_product_attention call.
-Legend: T tree tokens, H query heads, K key/value heads, D head dimension, B blocks of a batch, Q and P its padded queries and
-keys, N padded rows of all batches.
+The forest is cut into blocks. A block is an interval of queries below one branching point; its keys are the tokens
+above that point and the interval itself. Blocks of similar shape are padded into one call.
+Legend: T tree tokens, H query heads, K key/value heads, D head dimension, B blocks of a batch, Q and P its padded
+queries and keys, N padded rows of all batches.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from mas_hpc.prefix_tree import IntArray
+
+Grid = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 BLOCK = 64
 """Subtrees of at most this many tokens share a block; larger ones are cut at their branching points."""
@@ -52,8 +54,9 @@ class Block:
 class Batch:
     """Blocks that one call computes, padded to a common shape."""
 
-    query_BQ: IntArray
-    key_BP: IntArray
+    query_BQ: Grid
+    """Tree indices; -1 is padding, here and in the keys."""
+    key_BP: Grid
     visible_BQP: Tensor | None
     """None: causal."""
 
@@ -61,9 +64,8 @@ class Batch:
 def cut(leave_T: IntArray, *, limit: int) -> list[Block]:
     """Cut a forest into blocks that hold each token once as a query; `leave_T` as in PrefixTree."""
     stop_T = _segment_stops(leave_T)
-    nothing = np.zeros(0, dtype=np.int64)
     blocks: list[Block] = []
-    pending = [(start, stop, nothing) for start, stop in _siblings(leave_T, 0, len(leave_T))]
+    pending = [(start, stop, np.zeros(0, dtype=np.int64)) for start, stop in _siblings(leave_T, 0, len(leave_T))]
     while pending:
         start, stop, above = pending.pop()
         end = int(stop_T[start])
@@ -80,7 +82,7 @@ def cut(leave_T: IntArray, *, limit: int) -> list[Block]:
 
 
 def _segment_stops(leave_T: IntArray) -> IntArray:
-    """For each token, the end of its unbranched run: a token continues the run of the one before iff it is its only child."""
+    """For each token, the end of its unbranched run, which the next token continues iff it is an only child."""
     continues_T = np.zeros(len(leave_T), dtype=bool)
     continues_T[1:] = (leave_T[1:] == leave_T[:-1]) & (np.arange(1, len(leave_T)) < leave_T[:-1])
     stops = np.append(np.flatnonzero(~continues_T)[1:], len(leave_T))
@@ -150,43 +152,34 @@ class TreeAttention:
         query_N = np.concatenate([batch.query_BQ.ravel() for batch in batches])
         key_N = np.concatenate([batch.key_BP.ravel() for batch in batches])
         real = np.flatnonzero(query_N >= 0)
-        place_T = real[np.argsort(query_N[real])]
         self._query_N, self._key_N = (_gather_index(index, len(leave_T), device) for index in (query_N, key_N))
-        self._place_T = _gather_index(place_T, len(query_N), device)
-        self._shapes = [(batch.query_BQ.shape, batch.key_BP.shape) for batch in batches]
+        self._place_T = _gather_index(real[np.argsort(query_N[real])], len(query_N), device)
+        self._query_shapes = [batch.query_BQ.shape for batch in batches]
+        self._key_shapes = [batch.key_BP.shape for batch in batches]
         self._visible = [batch.visible_BQP for batch in batches]
         self._device = device
         self._bias: list[Tensor | None] = []
 
     def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
         """Return the attended values, [T, H, D]."""
-        num_heads, _, dim = query_HTD.shape
-        queries = _rows(query_HTD, self._query_N).split([rows * width for (rows, width), _ in self._shapes])
-        sizes = [rows * width for _, (rows, width) in self._shapes]
-        keys, values = (_rows(heads, self._key_N).split(sizes) for heads in (key_KTD, value_KTD))
-        outputs = []
-        for query, key, value, bias, (shape, key_shape) in zip(
-            queries, keys, values, self._biases(query_HTD.dtype), self._shapes, strict=True
-        ):
-            attended = scaled_dot_product_attention(
-                query.view(*shape, num_heads, dim).transpose(1, 2),
-                key.view(*key_shape, -1, dim).transpose(1, 2),
-                value.view(*key_shape, -1, dim).transpose(1, 2),
-                attn_mask=bias, is_causal=bias is None, scale=scaling, enable_gqa=True,
-            )  # fmt: skip
-            outputs.append(attended.transpose(1, 2).reshape(-1, num_heads * dim))
-        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        return _gather(output, self._place_T).view(-1, num_heads, dim)
+        queries = _heads(query_HTD, self._query_N, self._query_shapes)
+        keys, values = (_heads(heads, self._key_N, self._key_shapes) for heads in (key_KTD, value_KTD))
+        outputs = [
+            scaled_dot_product_attention(query, key, value, bias, 0.0, bias is None, scale=scaling, enable_gqa=True)
+            for query, key, value, bias in zip(queries, keys, values, self._biases(query_HTD.dtype), strict=True)
+        ]
+        rows = [output_BHQD.transpose(1, 2).flatten(0, 1).flatten(1) for output_BHQD in outputs]
+        return _gather(torch.cat(rows), self._place_T).unflatten(1, (len(query_HTD), -1))
 
     def _biases(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """Additive masks: given a boolean one, every layer would convert it and keep its own copy for the backward pass."""
+        """Additive masks: of a boolean one every layer would keep its own converted copy for the backward pass."""
         if not self._bias or any(bias is not None and bias.dtype != dtype for bias in self._bias):
-            self._bias = [
-                None if seen is None
-                else torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None].to(self._device)
-                for seen in self._visible
-            ]  # fmt: skip
+            self._bias = [None if seen is None else _bias(seen, dtype).to(self._device) for seen in self._visible]
         return self._bias
+
+
+def _bias(visible_BQP: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible_BQP.shape, dtype=dtype).masked_fill_(~visible_BQP, -torch.inf)[:, None]
 
 
 def _gather_index(index: IntArray, num_rows: int, device: torch.device | str) -> Tensor | None:
@@ -196,10 +189,11 @@ def _gather_index(index: IntArray, num_rows: int, device: torch.device | str) ->
     return torch.from_numpy(np.maximum(index, 0)).to(device)
 
 
-def _rows(heads_XTD: Tensor, index: Tensor | None) -> Tensor:
-    return _gather(heads_XTD.transpose(0, 1).flatten(1), index)
+def _heads(heads_XTD: Tensor, index_N: Tensor | None, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The rows of each batch, [B, heads, Q or P, D]."""
+    rows = _gather(heads_XTD.transpose(0, 1).flatten(1), index_N).split([count * width for count, width in shapes])
+    return [part.view(*shape, len(heads_XTD), -1).transpose(1, 2) for part, shape in zip(rows, shapes, strict=True)]
 
 
 def _gather(rows: Tensor, index: Tensor | None) -> Tensor:
-    # embedding, because on a CPU its backward is several times faster than that of index_select.
-    return rows if index is None else embedding(index, rows)
+    return rows if index is None else embedding(index, rows)  # on a CPU index_select has a far slower backward

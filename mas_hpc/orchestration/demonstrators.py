@@ -73,14 +73,15 @@ class ReferenceDemonstrator:
         """The text of one turn."""
         previous = [turn for turn in path if turn.answer is not None]
         if agent.role.produces == "verdict":
-            return Draft(text=self._verdict(self.grade(task, previous[-1].answer if previous else None)))
+            return Draft(text=self._verdict(task, previous[-1].answer if previous else None))
         wrong = rng.random() < self.wrong_rate and not (previous and path[-1].verdict is True)
         answer = _changed(task.answer, rng) if wrong else task.answer
         return Draft(text=answer if self.compact else self._solution(task, answer), trained=not wrong)
 
-    def _verdict(self, right: bool) -> str:
+    def _verdict(self, task: Task, answer: str | None) -> str:
+        right = self.grade(task, answer)
         if self.compact:
-            return "+" if right else "-"
+            return "".join("=" if a == b else "!" for a, b in zip(answer or "", task.answer, strict=True)) + "-+"[right]
         return f"The answer is {'right' if right else 'wrong'}.\nVERDICT: {'CORRECT' if right else 'INCORRECT'}"
 
     def _solution(self, task: Task, answer: str) -> str:

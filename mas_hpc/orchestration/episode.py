@@ -112,7 +112,7 @@ def _ask(
             )
         )  # fmt: skip
         sampling = SamplingParams(
-            max_new_tokens=agent.max_new_tokens, temperature=how.sampling.temperature, top_p=how.sampling.top_p,
+            max_new_tokens=how.team.template.limit(task, agent), temperature=how.sampling.temperature, top_p=how.sampling.top_p,
             top_k=how.sampling.top_k, stop_ids=how.team.template.stop_ids,
         )  # fmt: skip
         requests.append(Request(prompt_ids=prompt_ids, prompt_spans=prompt_spans, policy=agent.policy, seed=seed, sampling=sampling))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from mas_hpc.agents.agent import Agent
+from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.rollout.engine import Completion, Request, RolloutEngine, SamplingParams
-from mas_hpc.types import Turn
+from mas_hpc.types import Task, Turn
 
 
 def replay(
-    engine: RolloutEngine, turns: Sequence[Turn], agents: Mapping[str, Agent], sampling: Sampling, stop_ids: tuple[int, ...]
+    engine: RolloutEngine, task: Task, turns: Sequence[Turn], team: Team, sampling: Sampling
 ) -> list[Completion]:
     """Ask the engine for the same completions again: equal tokens show that the record is reproducible."""
     return engine.generate(
@@ -22,11 +22,11 @@ def replay(
                 policy=turn.policy,
                 seed=turn.seed,
                 sampling=SamplingParams(
-                    max_new_tokens=agents[turn.agent].max_new_tokens,
+                    max_new_tokens=team.template.limit(task, team.agents[turn.agent]),
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     top_k=sampling.top_k,
-                    stop_ids=stop_ids,
+                    stop_ids=team.template.stop_ids,
                 ),
             )
             for turn in turns

@@ -15,8 +15,8 @@ Behaviour = Callable[[Request], Completion | str]
 class ScriptedEngine:
     """Answers each request with what `behaviour` makes of it; implements RolloutEngine.
 
-    A text is encoded, ended by the request's first stop id (if any) and cut at max_new_tokens; every token gets the log-prob
-    `logprob`. A Completion is returned as it is, but for its policy version.
+    A text is encoded, ended by the request's first stop id (if any) and cut at max_new_tokens; every token gets the
+    log-prob `logprob`. A Completion is returned as it is, but for its policy version.
     Example: ScriptedEngine(lambda request: "yes" if request.policy == "critic" else "42", tokenizer)
     """
 
@@ -46,6 +46,6 @@ class ScriptedEngine:
         kept = ids[: sampling.max_new_tokens]
         return Completion(
             token_ids=kept, logprobs=(self._logprob,) * len(kept),
-            text=self._tokenizer.decode(kept, skip_special_tokens=True),
+            text=self._tokenizer.batch_decode([list(kept)], skip_special_tokens=True)[0],
             finish="stop" if len(kept) == len(ids) else "length", policy_version=self._version,
         )  # fmt: skip

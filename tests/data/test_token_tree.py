@@ -1,5 +1,6 @@
 import math
 import random
+from itertools import chain
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_speaker_scope_adapts_what_the_policy_wrote_and_a_cue_predicts_the_first
         (make([], [2]), "empty prompt"),
         (make([1], [2, 3], mask=[True]), "loss_mask has 1 values for 2"),
         (make([1], [2, 3], behavior=[-1.0]), "behavior_logprobs has 1 values for 2"),
-        (make([1, 2], [3], spans=[("", 1)]), "do not add up to 2"),
+        (make([1, 2], [3], spans=[("", 1)]), "add up to 1, not to the 2 prompt"),
         (make([1, 2], []), "none of 1 samples"),
     ],
 )
@@ -121,7 +122,7 @@ def size(samples):
 def test_split_loses_no_sample_and_exceeds_the_budget_only_by_one_sample_alone(seed, max_tokens):
     samples = [sample for i in range(4) for sample in random_tree(f"q{i}", 10 * seed + i)]
     forests = split(samples, max_tokens=max_tokens)
-    assert sorted(map(id, sum(forests, []))) == sorted(map(id, samples))
+    assert sorted(map(id, chain.from_iterable(forests))) == sorted(map(id, samples))
     for forest in forests:
         nonempty = [sample for sample in forest if sample.completion_ids]
         assert size(forest) <= max_tokens or len(nonempty) == 1

@@ -64,7 +64,7 @@ def run(tmp_path):
     trace_store.write(folder / "traces" / "train.jsonl", [trace(step=3)])
     (folder / "config.yaml").write_text(f"name: demo\nnote: '{HOSTILE[:-1]}'\n")
     (folder / "results.json").write_text(
-        json.dumps({"rows": [ROW], "paired": [PAIRED], "verdict_sentence": HOSTILE[:-1]})
+        json.dumps({"rows": [ROW], "paired": [PAIRED]})
     )
     lines = [
         {"phase": "train", "step": step, "loss": 0.5, f"reward/{HOSTILE}": 0.1, "odd": None if step else 1e300}
@@ -187,14 +187,14 @@ def replace_right(row, right):
 @pytest.mark.parametrize(
     ("accuracies", "words"),
     [
-        ((10, 16, 4, 6), "the trained team (80.0%) beats its best control, control 6 (30.0%): +50.0 points, p = 0.002"),
+        ((10, 16, 4, 6), "the team (80.0%) beats its best control, control 6 (30.0%): +50.0 points, p = 0.002"),
         (
             (10, 8, 4, 16),
-            "the trained team (40.0%) loses to its best control, control 16 (80.0%): -40.0 points, p = 0.0078",
+            "the team (40.0%) loses to its best control, control 16 (80.0%): -40.0 points, p = 0.0078",
         ),
         (
             (10, 16, 15),
-            "the trained team (80.0%) and its best control, control 15 (75.0%), cannot be told apart (+5.0 points",
+            "the team (80.0%) and its best control, control 15 (75.0%), cannot be told apart (+5.0 points",
         ),
     ],
 )

@@ -1,4 +1,5 @@
 import random
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_blocks_show_each_query_its_ancestors_and_nothing_else(paths, limit):
             seen[query, block.start : query + 1] = tree.leave_T[block.start : query + 1] > query
     assert sorted(q for block in blocks for q in range(block.start, block.stop)) == list(range(len(tree)))
     assert (seen == ancestors(tree)).all()
-    assert sorted(map(id, sum(batched(blocks), []))) == sorted(map(id, blocks))
+    assert sorted(map(id, chain.from_iterable(batched(blocks)))) == sorted(map(id, blocks))
 
 
 @settings(max_examples=60, deadline=None)

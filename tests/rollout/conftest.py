@@ -17,8 +17,9 @@ from transformers import (
 ALPHABET = "0123456789abcdefghijklmnopqrstu"
 SIZES = {"vocab_size": 32, "initializer_range": 0.3}
 LLAMA = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -41,7 +42,14 @@ def build(kind: str) -> PreTrainedModel:
             model = Qwen3ForCausalLM(Qwen3Config(**SIZES, **LLAMA, head_dim=8, tie_word_embeddings=True))
         case "gpt2":
             config = GPT2Config(
-                **SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=None, bos_token_id=None, pad_token_id=0
+                **SIZES,
+                n_embd=32,
+                n_layer=2,
+                n_head=4,
+                n_positions=128,
+                eos_token_id=None,
+                bos_token_id=None,
+                pad_token_id=0,
             )
             model = GPT2LMHeadModel(config)
     return model.double().eval()

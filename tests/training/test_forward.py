@@ -1,4 +1,4 @@
-"""The invariant: a packed tree gives the log-probs and gradients of one row per sample through transformers' own attention."""
+"""A packed tree gives the log-probs and gradients of one row per sample through transformers' own attention."""
 
 import random
 
@@ -28,7 +28,9 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
     "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2),
     "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=1, head_dim=4, tie_word_embeddings=True),
-    "gpt2": GPT2Config(vocab_size=11, n_embd=16, n_layer=2, n_head=4, n_positions=200, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "gpt2": GPT2Config(
+        vocab_size=11, n_embd=16, n_layer=2, n_head=4, n_positions=200, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
 }
 
 
@@ -65,10 +67,17 @@ def random_samples(seed, policies=("shared",)):
                 mask = [rng.random() < 0.8 for _ in sibling]
                 samples.append(
                     Sample(
-                        id="s", tree=f"q{root}", agent="a", policy=policy, prompt_ids=tuple(state), prompt_spans=tuple(spans),
-                        completion_ids=tuple(sibling), advantage=rng.gauss(0, 1), loss_mask=tuple(mask) if any(mask) else (),
+                        id="s",
+                        tree=f"q{root}",
+                        agent="a",
+                        policy=policy,
+                        prompt_ids=tuple(state),
+                        prompt_spans=tuple(spans),
+                        completion_ids=tuple(sibling),
+                        advantage=rng.gauss(0, 1),
+                        loss_mask=tuple(mask) if any(mask) else (),
                     )
-                )  # fmt: skip
+                )
             committed, cue = rng.choice(siblings), [rng.randrange(4) for _ in range(rng.randrange(3))]
             state = [*state, *committed, *cue]
             spans += [(policy, len(committed)), ("", len(cue))]

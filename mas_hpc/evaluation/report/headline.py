@@ -14,11 +14,11 @@ LEVEL = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A row beside the trained team at the same temperature."""
+    """A row beside the team, trained if it was, at the same temperature."""
 
     row: Row
     difference: float | None
-    """Accuracy of the row minus the trained team's; None for the trained team itself or without one."""
+    """Accuracy of the row minus the team's; None for the team itself or without one."""
     test: PairedTest | None
     """None when the two were not measured on the same questions."""
     best: bool
@@ -26,9 +26,9 @@ class Comparison:
 
 
 def compare(rows: Sequence[Row]) -> tuple[Comparison, ...]:
-    """Every row beside the trained team, grouped by temperature (greedy first), otherwise in order."""
+    """Every row beside the team, grouped by temperature (greedy first), otherwise in order."""
     ordered = sorted(rows, key=lambda row: -1.0 if row.temperature is None else row.temperature)
-    teams = {row.temperature: row for row in reversed(ordered) if row.phase == "after"}
+    teams = {row.temperature: row for row in reversed(_teams(ordered))}
     best = {row.temperature: max(r.accuracy for r in rows if r.temperature == row.temperature) for row in rows}
     return tuple(_against(row, teams.get(row.temperature), best[row.temperature]) for row in ordered)
 
@@ -68,10 +68,15 @@ def _gain(paired: Paired) -> str:
     )
 
 
+def _teams(rows: Sequence[Row]) -> list[Row]:
+    """The team's rows: trained if it was trained, else as it was measured."""
+    return [row for row in rows if row.phase == "after"] or [row for row in rows if row.phase == "before"]
+
+
 def _winners(rows: Sequence[Row]) -> list[str]:
     compared = compare(rows)
     found = []
-    for team in (entry.row for entry in compared if entry.row.phase == "after"):
+    for team in _teams([entry.row for entry in compared]):
         controls = [e for e in compared if e.row.phase == "control" and e.row.temperature == team.temperature]
         if controls:
             rival = max(controls, key=lambda entry: entry.row.accuracy)
@@ -81,7 +86,7 @@ def _winners(rows: Sequence[Row]) -> list[str]:
 
 def _winner(team: Row, rival: Comparison) -> str:
     gap = rival.difference or 0.0
-    ours, theirs = f"the trained team ({team.accuracy:.1%})", f"{rival.row.name} ({rival.row.accuracy:.1%})"
+    ours, theirs = f"the team ({team.accuracy:.1%})", f"{rival.row.name} ({rival.row.accuracy:.1%})"
     test = f", {p_text(rival.test.p_value)}" if rival.test else ""
     if rival.test and rival.test.p_value >= LEVEL:
         return (

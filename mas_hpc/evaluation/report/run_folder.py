@@ -63,7 +63,6 @@ class Results(_Record):
 
     rows: tuple[Row, ...] = ()
     paired: tuple[Paired, ...] = ()
-    verdict_sentence: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

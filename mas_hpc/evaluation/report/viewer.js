@@ -167,7 +167,7 @@ function startReadout(figure) {
   const series = data.charts[Number(figure.dataset.chart)];
   const values = figure.querySelectorAll(".legend b");
   const steps = [...new Set(series.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
-  const [left, width, bottom] = [46, 360 - 46 - 8, 190 - 22];
+  const [left, width, bottom] = [46, 360 - 46 - 8, 190 - 22]; // LEFT, WIDTH, HEIGHT, ... of plots.py
   const cursor = document.createElementNS(svg.namespaceURI, "path");
   cursor.setAttribute("class", "cursor");
   svg.append(cursor);

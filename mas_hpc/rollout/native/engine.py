@@ -63,9 +63,10 @@ class _Layout:
 class NativeEngine:
     """Serves completions of a model in this process; implements RolloutEngine.
 
-    `model` is `prepare`d (models.attention) and stays the trainer's: its weights are read as they are at each call, in evaluation
-    mode. With a `bank`, a request's policy names its adapter: `sequence` scope adapts prompt and completion, `speaker` scope each
-    token by who wrote it. Without one, the same model serves every policy. `max_rows` bounds the rows that are decoded at a time.
+    `model` is `prepare`d (models.attention) and stays the trainer's: its weights are read as they are at each call, in
+    evaluation mode. With a `bank`, a request's policy names its adapter: `sequence` scope adapts prompt and completion,
+    `speaker` scope each token by who wrote it. Without one, the same model serves every policy. `max_rows` bounds the
+    rows that are decoded at a time.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class NativeEngine:
         self._version = 0
 
     def load(self, *, version: int) -> None:
-        """Stamp completions with `version`: the weights are the trainer's own, and nothing computed from them outlives a call."""
+        """Stamp completions with `version`: the weights are the trainer's own and nothing derived from them is kept."""
         self._version = version
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -141,7 +142,8 @@ class NativeEngine:
         place = {id(row): i for i, row in enumerate(previous.rows)} if previous else {}
         before: Sequence[Bucket] = previous.attend.buckets if previous else ()
         tails = previous.attend.tails if previous else Tails(paths[0].tree_L2KTD[:, :, :, :0].unsqueeze(3), [], 0)
-        attend = DecodeAttention(buckets(paths, before), tails.keep([place.get(id(row)) for row in rows], CAPACITY_STEP))
+        spare = min(CAPACITY_STEP, max(row.num_left for row in rows))
+        attend = DecodeAttention(buckets(paths, before), tails.keep([place.get(id(row)) for row in rows], spare))
         position_B = [len(row.prompt.token_ids) + len(row.token_ids) - 1 for row in rows]
         return _Layout(
             rows=rows, attend=attend, sampling=self._columns(rows),
@@ -198,12 +200,13 @@ class NativeEngine:
     def _refusal(self, request: Request) -> str:
         """Why a request cannot be served; "" when it can."""
         if not request.prompt_ids:
-            return "the prompt is empty: at least one token is needed to predict the first one; begin it with a bos token"
+            return "the prompt is empty: the first token is predicted from at least one; begin it with a bos token"
         wanted = len(request.prompt_ids) + request.sampling.max_new_tokens
         if wanted > self._context_limit:
             return (
-                f"prompt of {len(request.prompt_ids)} tokens + max_new_tokens={request.sampling.max_new_tokens} is {wanted}, "
-                f"beyond the model's context of {self._context_limit}; shorten the prompt or lower max_new_tokens"
+                f"prompt of {len(request.prompt_ids)} tokens + max_new_tokens={request.sampling.max_new_tokens} "
+                f"is {wanted}, beyond the model's context of {self._context_limit}; "
+                "shorten the prompt or lower max_new_tokens"
             )
         return ""
 
@@ -211,7 +214,7 @@ class NativeEngine:
         return columns([row.request.sampling for row in rows], self._device, len(self._runner.head.weight))
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self._tokenizer.batch_decode([list(token_ids)], skip_special_tokens=True)[0]
 
     def _count(self, **added: float) -> None:
         self.stats = replace(self.stats, **{name: getattr(self.stats, name) + value for name, value in added.items()})

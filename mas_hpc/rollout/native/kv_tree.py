@@ -1,9 +1,9 @@
 """Keys and values of live rows: prompts as paths in shared trees, and what each row has decoded since.
 
-A prompt is stored once however many rows continue it (a Context); rows are sorted so that those of one context are neighbours and
-contexts with equally many rows are one Bucket, computed without a copy per row.
-Legend: L layers, 2 key and value, K key/value heads, Q query heads per K, H = K Q, T tree tokens, G contexts of a bucket, R rows of
-each, C context tokens, B rows, W decoded columns, D head dimension, E hidden size.
+A prompt is stored once however many rows continue it (a Context). Rows are sorted so that those of one context are
+neighbours; contexts with equally many rows are one Bucket, computed without a copy per row.
+Legend: L layers, 2 key and value, K key/value heads, Q query heads per K, H = K Q, T tree tokens, G contexts of a
+bucket, C context tokens, B rows, R rows of a bucket, W decoded columns, D head dimension, E hidden size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LENGTH_SLACK = 0.25
 """Longest context of a bucket relative to its shortest: bounds padding."""
 LENGTH_SLACK_TOKENS = 16
 CAPACITY_STEP = 32
-"""Columns that a full tail grows by, at least."""
+"""Columns that tails have to spare, at most, and grow by when they are full, at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,10 +63,11 @@ class Tails:
         width = self.width - first
         shape = list(self._kv_L2KBWD.shape)
         shape[3:5] = len(rows), width + spare
-        tails = self._kv_L2KBWD.new_zeros(shape)
+        tails = self._kv_L2KBWD.new_empty(shape)
         if width:
-            place, source = [i for i, row in enumerate(rows) if row is not None], self._kv_L2KBWD[..., first : self.width, :]
-            tails[:, :, :, place, :width] = source[:, :, :, kept]
+            place, empty = ([i for i, row in enumerate(rows) if (row is None) == fresh] for fresh in (False, True))
+            tails[:, :, :, place, :width] = self._kv_L2KBWD[..., first : self.width, :][:, :, :, kept]
+            tails[:, :, :, empty, :width] = 0  # Hidden, but a weight of 0 does not hide nan.
         return Tails(tails, [width if row is None else self.start_B[row] - first for row in rows], width)
 
     def advance(self) -> None:
@@ -78,7 +79,7 @@ class Tails:
         self.width += 1
 
     def write(self, layer: int, key_KBD: Tensor, value_KBD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fill the open column of a layer; return its keys and values, [K, B, W, D], and the bias [B, 1, W] that hides others' past."""
+        """Fill the open column; return the layer's keys, values and the bias that hides columns before a row's."""
         key_KBWD, value_KBWD = self._kv_L2KBWD[layer, :, :, :, : self.width]
         key_KBWD[:, :, -1] = key_KBD
         value_KBWD[:, :, -1] = value_KBD
@@ -93,17 +94,17 @@ class Tails:
 
 
 class DecodeAttention:
-    """An `Attend` for one token a row: along the row's context and its own tail, as one softmax."""
+    """An `Attend` for one token a row (T = B): along the row's context and its own tail, as one softmax."""
 
     def __init__(self, buckets: Sequence[Bucket], tails: Tails) -> None:
         self.buckets = tuple(buckets)
         self.tails = tails
 
-    def __call__(self, layer: int, query_HBD: Tensor, key_KBD: Tensor, value_KBD: Tensor, scaling: float) -> Tensor:
+    def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
         """Return the attended values, [B, H, D]."""
-        key_KBWD, value_KBWD, bias_B1W = self.tails.write(layer, key_KBD, value_KBD)
+        key_KBWD, value_KBWD, bias_B1W = self.tails.write(layer, key_KTD, value_KTD)
         # The query heads that share a key/value head are query positions of it: nothing is repeated.
-        query_KBQD = (query_HBD * scaling).unflatten(0, (len(key_KBD), -1)).transpose(1, 2).contiguous()
+        query_KBQD = (query_HTD * scaling).unflatten(0, (len(key_KTD), -1)).transpose(1, 2).contiguous()
         scores_KBQW = query_KBQD @ key_KBWD.mT
         if bias_B1W is not None:
             scores_KBQW += bias_B1W
@@ -116,7 +117,7 @@ class DecodeAttention:
 
 
 def _attend_context(bucket: Bucket, layer: int, query_KRQD: Tensor, tail_scores_KRQW: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of the softmax that falls on the contexts, applied to their values, and the weights that fall on the tails."""
+    """The softmax over contexts and tails: the contexts' part applied to their values, and the weights of the tails."""
     key_KGCD, value_KGCD = bucket.kv_L2KGCD[layer]
     num_heads, num_contexts, length, dim = key_KGCD.shape
     rows = query_KRQD.shape[:3]
@@ -162,7 +163,7 @@ def _gather(contexts: Sequence[Context]) -> tuple[Tensor, Tensor | None]:
     layers, two, heads, _, dim = contexts[0].tree_L2KTD.shape
     kv_L2KGCD = contexts[0].tree_L2KTD.new_zeros(layers, two, heads, len(contexts), max(lengths), dim)
     for i, context in enumerate(contexts):
-        kv_L2KGCD[:, :, :, i, : lengths[i]] = context.tree_L2KTD[:, :, :, context.path_C]
+        kv_L2KGCD[:, :, :, i, : lengths[i]] = context.tree_L2KTD.index_select(3, context.path_C)
     if min(lengths) == max(lengths):
         return kv_L2KGCD, None
     hidden_GC = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]

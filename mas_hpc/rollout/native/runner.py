@@ -36,7 +36,9 @@ class Runner:
         """Run each prefix of the prompts once; return their contexts and the number of tokens that were run."""
         tree = merge([prompt.token_ids for prompt in prompts], [prompt.adapters for prompt in prompts])
         attend = _Recording(TreeAttention(tree.leave_T, device=self._device))
-        hidden_TE = self._hidden(self._tensor(tree.token_T), self._tensor(tree.position_T), self._tensor(tree.adapter_T), attend)
+        hidden_TE = self._hidden(
+            self._tensor(tree.token_T), self._tensor(tree.position_T), self._tensor(tree.adapter_T), attend
+        )
         kv_L2KTD = torch.stack([torch.stack(pair) for pair in attend.kv])
         contexts = [
             Context(tree_L2KTD=kv_L2KTD, path_C=self._tensor(index), hidden_E=hidden_TE[int(index[-1])].clone())

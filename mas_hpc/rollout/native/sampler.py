@@ -1,7 +1,7 @@
 """Draw one token a row by inverse CDF, with the log-prob of the distribution that was drawn from.
 
-One uniform a token, drawn from the request's own stream: what else is in the batch changes nothing, and no noise of vocabulary
-size is made (torch.multinomial costs more than ten times as much). Legend: B rows, V vocabulary.
+One uniform a token, drawn from the request's own stream: what else is in the batch changes nothing, and no noise of
+vocabulary size is made (torch.multinomial costs more than ten times as much). Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def columns(rows: Sequence[SamplingParams], device: torch.device, vocabulary: in
     truncates = min(top_k) < vocabulary or min(top_p) < 1
     return SamplingColumns(
         greedy_B=torch.tensor(greedy, device=device) if any(greedy) else None,
-        temperature_B1=torch.tensor(temperature, device=device, dtype=torch.float64)[:, None] if set(temperature) != {1.0} else None,
+        temperature_B1=torch.tensor(temperature, device=device, dtype=torch.float64)[:, None]
+        if set(temperature) != {1.0}
+        else None,
         top_k_B1=torch.tensor(top_k, device=device)[:, None] if truncates else None,
         top_p_B1=torch.tensor(top_p, device=device, dtype=torch.float64)[:, None] if truncates else None,
     )
@@ -71,7 +73,7 @@ def sample(logits_BV: Tensor, params: SamplingColumns, uniform_B: Sequence[float
 
 
 def truncate(logits_BV: Tensor, top_k_B1: Tensor, top_p_B1: Tensor) -> Tensor:
-    """Keep the top k, and of these the smallest set whose probability, renormalised, reaches top p; the rest is -inf."""
+    """Keep the top k and of these the smallest set whose renormalised probability reaches top p; the rest is -inf."""
     sorted_BV, index_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(logits_BV.shape[1], device=logits_BV.device)
     sorted_BV = sorted_BV.masked_fill(rank_V >= top_k_B1, -torch.inf)

@@ -15,7 +15,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """What K/V depends on: tokens, and the adapter of each (-1: the base model). One object for equal ones, compared by identity.
+    """What K/V depends on: tokens, and the adapter of each (-1: the base model). Equal ones are one object.
 
     Example: Prompt((5, 6), (-1, 0))
     """
@@ -41,21 +41,29 @@ class Row:
     """None while live."""
     error: str = ""
 
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still sample."""
+        return self.request.sampling.max_new_tokens - len(self.token_ids)
+
     def append(self, token: int, logprob: float, decode: Decode) -> None:
         """Take a sampled token; sets `finish` when it ends the completion."""
         if not math.isfinite(logprob):
-            self.finish, self.error = "error", f"logits are not finite after {len(self.token_ids)} tokens: model diverged"
+            self.finish, self.error = (
+                "error",
+                f"logits are not finite after {len(self.token_ids)} tokens: model diverged",
+            )
             return
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         sampling = self.request.sampling
         if token in sampling.stop_ids or (sampling.stop_strings and self._stopped(sampling.stop_strings, decode)):
             self.finish = "stop"
-        elif len(self.token_ids) == sampling.max_new_tokens:
+        elif not self.num_left:
             self.finish = "length"
 
     def _stopped(self, stop_strings: tuple[str, ...], decode: Decode) -> bool:
-        """A character takes at most 4 tokens, so a short tail shows every candidate; the whole text then confirms it."""
+        """A character takes at most 4 tokens, so a short tail shows every candidate; the whole text confirms it."""
         tail = self.token_ids[-4 * max(map(len, stop_strings)) - 4 :]
         for ids in (tail, self.token_ids):
             text = decode(ids)

@@ -1,0 +1,87 @@
+"""The configuration: typed values, clear errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mas_hpc.config import ATGRPOConfig, Gsm8kConfig, RingConfig
+from mas_hpc.config_file import load_config
+from mas_hpc.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return file
+
+
+def message(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text), overrides)
+    return str(error.value)
+
+
+def test_scientific_notation_is_a_float(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "method: {kind: at_grpo, learning_rate: 1e-5}"))
+    assert config.method.learning_rate == 1e-5
+
+
+def test_on_is_not_a_boolean(tmp_path: Path) -> None:
+    assert message(tmp_path, "evaluation: {controls: on}") == "evaluation.controls='on': Input should be a valid boolean"
+
+
+def test_an_unknown_key_names_the_nearest_valid_one(tmp_path: Path) -> None:
+    assert message(tmp_path, "method: {kind: at_grpo, group_sise: 4}") == "method.group_sise: unknown key; did you mean group_size?"
+    assert "expected one of ['alpha'" in message(tmp_path, "adapters: {zzzz: 4}")
+
+
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    text = message(tmp_path, "method: {kind: at_grpo, group_size: 1}\nmodel: {pth: x}\nteam: {agents: [{name: a, rol: critic}]}")
+    assert [line.split(":")[0] for line in text.splitlines()] == ["model.pth", "team.agents.0.rol", "method.group_size=1"]
+
+
+def test_a_group_of_one_is_refused(tmp_path: Path) -> None:
+    assert "greater than or equal to 2" in message(tmp_path, "method: {kind: at_grpo, group_size: 1}")
+
+
+def test_overrides_reach_leaves_and_keep_their_type(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "data: {kind: gsm8k}"), ["data.path=a/b.jsonl", "evaluation.temperatures=[0.5]", "seed=3"])
+    assert isinstance(config.data, Gsm8kConfig)
+    assert (config.data.path, config.evaluation.temperatures, config.seed) == ("a/b.jsonl", (0.5,), 3)
+
+
+def test_bad_overrides_are_named(tmp_path: Path) -> None:
+    assert "section.key=value" in message(tmp_path, "{}", "seed")
+    assert "name is a value, not a section" in message(tmp_path, "name: x", "name.y=1")
+    assert "not valid YAML" in message(tmp_path, "a: [1")
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path, "{}")
+    with pytest.raises(ConfigError, match=r"perhaps \['config.yaml'\]"):
+        load_config(tmp_path / "confg.yaml")
+
+
+def test_training_refuses_truncated_sampling(tmp_path: Path) -> None:
+    assert "training needs top_p=1" in message(tmp_path, "rollout: {top_p: 0.9}")
+    load_config(write(tmp_path, "rollout: {top_p: 0.9}\nmethod: {kind: sft}"))
+
+
+def test_sections_are_checked_against_each_other(tmp_path: Path) -> None:
+    assert "no agent ['critc']" in message(tmp_path, "method: {kind: at_grpo, agent_weights: {critc: 0.5}}")
+    assert "must be odd" in message(tmp_path, "data: {kind: ring, num_digits: 4}")
+    assert "unique names" in message(tmp_path, "team: {agents: [{name: a}, {name: a}]}")
+
+
+def test_the_empty_config_is_the_embedded_default(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, ""))
+    assert isinstance(config.data, RingConfig) and isinstance(config.method, ATGRPOConfig)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_shipped_configs_are_valid(file: Path) -> None:
+    load_config(file)
