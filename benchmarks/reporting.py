@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "transformers", "peft", "numpy")
@@ -122,7 +122,9 @@ def report(name: str, rows: Sequence[Row], *, notes: Mapping[str, str]) -> Path:
 
 def table(name: str, rows: Sequence[Row]) -> Table:
     """The rows as they are printed."""
-    result = Table("case", "metric", "ours", "peer", "theirs", "ratio", "target", "holds", title=name)
+    result = Table(
+        Column("case", overflow="fold"), "metric", "ours", "peer", "theirs", "ratio", "target", "holds", title=name
+    )
     for row in rows:
         numbers = [f"{number:.4g}" for number in (row.ours, row.theirs, row.ratio, row.target)]
         verdict = "yes" if row.holds else "NO"

@@ -35,8 +35,10 @@ class ModelConfig(Section):
     """Width of the tiny model."""
     num_layers: Positive = 2
     """Layers of the tiny model."""
-    num_heads: Positive = 4
+    num_heads: Positive = 8
     """Attention heads of the tiny model."""
+    rope_theta: PositiveFloat = 100.0
+    """Base of the tiny model's rotary positions; its texts are short, and 10000 learns to look up much later."""
     initializer_range: PositiveFloat = 0.08
     """Standard deviation of the tiny model's initial weights; 0.02 learns several times slower at this size."""
     max_tree_tokens: Positive = 16384
@@ -63,7 +65,7 @@ class AdapterConfig(Section):
 class TaskSetConfig(Section):
     """What every task set has."""
 
-    num_train: Positive = 2000
+    num_train: Count = 2000
     """Training questions."""
     num_test: Positive = 500
     """Held-out questions, disjoint from the training ones."""

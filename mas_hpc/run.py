@@ -25,7 +25,7 @@ from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.ddp import DataParallel
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import ConfigError
+from mas_hpc.errors import ConfigError, DataError
 from mas_hpc.evaluation import benchmark
 from mas_hpc.evaluation.graders import grade
 from mas_hpc.evaluation.rewards import VerifiableJudge
@@ -225,7 +225,9 @@ class _Silent:
 
 
 def train(run: Run) -> None:
-    """Run the configured method and save the weights."""
+    """Run the configured method and save the weights. Raises DataError without training questions."""
+    if not run.train_tasks:
+        raise DataError("data.num_train=0: training needs questions; set data.num_train to at least 1")
     method = run.config.method
     if isinstance(method, SFTConfig):
         fit_sft(run, method, "train")

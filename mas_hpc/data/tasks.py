@@ -143,7 +143,7 @@ def _from_rows(config: FileConfig) -> tuple[Tasks, Tasks]:
         (tasks,) = splits.values()
         test, rest = tasks[: config.num_test], tasks[config.num_test :]
     train = rest[: config.num_train]
-    if not train:
+    if config.num_train and not train:
         found = sum(map(len, splits.values()))
         raise DataError(
             f"data.path={config.path}: {found} different questions, of which data.num_test={config.num_test} leaves "

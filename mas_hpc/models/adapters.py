@@ -131,17 +131,6 @@ class AdapterBank:
         index = self.index[policy]
         return [part[index] for layer in self._layers.values() for part in (layer.lora_a, layer.lora_b)]
 
-    def clear_absent(self, adapter_T: Tensor) -> None:
-        """Drop the gradients of policies without a token in `adapter_T`.
-
-        A zero gradient, as a sum over ranks leaves it, would still let momentum and weight decay move them.
-        """
-        present = set(adapter_T.tolist())
-        for policy, index in self.index.items():
-            if index not in present:
-                for parameter in self.parameters_of(policy):
-                    parameter.grad = None
-
     def tensors(self, policy: str) -> dict[str, Tensor]:
         """A copy of one adapter under PEFT's names: A is [rank, in], B is [out, rank]."""
         index = self.index[policy]

@@ -79,15 +79,9 @@ class Learner:
         return sums
 
     def _active(self, samples: Sequence[Sample]) -> list[str]:
-        """Policies that write a trained token: an idle adapter keeps grad None, so that AdamW leaves it where it is."""
-        if self._bank is None:
-            return list(self._parameters)
-        active = {sample.policy for sample in samples}
-        for policy, parameters in self._parameters.items():
-            if policy not in active:
-                for parameter in parameters:
-                    parameter.grad = None
-        return [policy for policy in self._parameters if policy in active]
+        """Policies that write a trained token. The others' gradients stay None, so that AdamW leaves them where they are."""
+        written = {sample.policy for sample in samples}
+        return [policy for policy in self._parameters if policy in written or self._bank is None]
 
 
 def policy_parameters(model: PreTrainedModel, bank: AdapterBank | None) -> dict[str, list[Parameter]]:

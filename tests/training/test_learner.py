@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mas_hpc.config import ATGRPOConfig, SFTConfig
 from mas_hpc.distributed.ddp import DataParallel
@@ -20,6 +22,16 @@ from mas_hpc.training.offline import num_trained_tokens
 from mas_hpc.types import Sample
 
 METHOD = ATGRPOConfig(steps=10, learning_rate=1e-2, warmup_steps=0, max_grad_norm=1e9)
+
+
+@pytest.fixture(autouse=True)
+def norms_stay_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers computes RMSNorm in float32 whatever the dtype."""
+
+    def rms_norm(self: LlamaRMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", rms_norm)
 
 
 def model() -> LlamaForCausalLM:
@@ -64,16 +76,15 @@ def gradients(base: LlamaForCausalLM) -> list[torch.Tensor]:
 def test_g5_loss_and_gradients_do_not_depend_on_the_micro_batches(method) -> None:
     batch = samples()
     results = []
-    for budget in (10_000, 40, 12, 1):
+    for budget in (10_000, 40, 1):
         base = model()
         metrics = learner(base, max_tree_tokens=budget, method=method).update(batch, loss_of(method), num_tokens=num_trained_tokens(batch))
         results.append((metrics["loss"], metrics["entropy"], gradients(base)))
     for loss, entropy, grads in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-12)
         assert entropy == pytest.approx(results[0][1], rel=1e-12)
-        # transformers' RMSNorm computes in float32, so equal sums differ in its last bits
         for a, b in zip(grads, results[0][2], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_shares_of_the_ranks_are_a_partition_of_whole_trees() -> None:
@@ -93,7 +104,7 @@ def test_the_shares_of_two_ranks_sum_to_the_whole_gradient() -> None:
     for rank, part in enumerate(parts):
         learner(part).update(share(batch, rank, 2), loss_of(METHOD), num_tokens=60)
     for total, *pieces in zip(gradients(whole), *map(gradients, parts), strict=True):
-        torch.testing.assert_close(sum(pieces), total, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(sum(pieces), total, rtol=1e-9, atol=1e-12)
 
 
 def test_an_idle_adapter_does_not_move() -> None:

@@ -100,7 +100,8 @@ class NativeEngine:
         rows = [self._row(number, request, prompts) for number, request in enumerate(requests)]
         with torch.inference_mode(), _evaluating(self._model):
             self._run(Scheduler((row for row in rows if row.finish is None), self._max_rows))
-        completions = [row.completion(self._decode, self._version) for row in rows]
+        elapsed_s = time.perf_counter() - wall_s
+        completions = [replace(row.completion(self._decode, self._version), wall_s=elapsed_s) for row in rows]
         self._count(
             requests=len(rows), prompt_tokens=sum(len(row.prompt.token_ids) for row in rows),
             decoded_tokens=sum(len(row.token_ids) for row in rows),
