@@ -225,9 +225,7 @@ class _Silent:
 
 
 def train(run: Run) -> None:
-    """Run the configured method and save the weights. Raises DataError without training questions."""
-    if not run.train_tasks:
-        raise DataError("data.num_train=0: training needs questions; set data.num_train to at least 1")
+    """Run the configured method and save the weights."""
     method = run.config.method
     if isinstance(method, SFTConfig):
         fit_sft(run, method, "train")
@@ -240,10 +238,11 @@ def train(run: Run) -> None:
 def fit_sft(run: Run, method: SFTConfig, phase: str) -> None:
     """Supervised fine-tuning on transcripts that a demonstrator writes for the training questions."""
     demonstrator = build_demonstrator(run, method)
+    tasks = training_tasks(run)
 
     def batch(step: int) -> list[Sample]:
         rng = Random(derive_seed(run.config.seed, phase, step))
-        chosen = rng.choices(run.train_tasks, k=method.batch_size)
+        chosen = rng.choices(tasks, k=method.batch_size)
         return [
             sample
             for number, task in enumerate(chosen)
@@ -256,6 +255,13 @@ def fit_sft(run: Run, method: SFTConfig, phase: str) -> None:
             batch=batch, learner=build_learner(run, method), loss=loss_of(method),
             log=_logger(run, phase, method.steps, lambda: bar.advance(bar_task)), steps=range(method.steps),
         )  # fmt: skip
+
+
+def training_tasks(run: Run) -> tuple[Task, ...]:
+    """The training questions. Raises DataError when there are none."""
+    if not run.train_tasks:
+        raise DataError("data.num_train=0: training needs questions; set data.num_train to at least 1")
+    return run.train_tasks
 
 
 def build_demonstrator(run: Run, method: SFTConfig) -> Demonstrator:
@@ -282,9 +288,11 @@ def fit_at_grpo(run: Run, method: ATGRPOConfig) -> None:
             "which group centring erases; only local rewards train. Set method.team_rollouts=1 or more.[/yellow]"
         )
 
+    questions = training_tasks(run)
+
     def collect_batch(step: int) -> list[Trace]:
         rng = Random(derive_seed(run.config.seed, "tasks", step))
-        tasks = rng.sample(run.train_tasks, k=min(method.tasks_per_step, len(run.train_tasks)))
+        tasks = rng.sample(questions, k=min(method.tasks_per_step, len(questions)))
         return play_all(run, tasks, sampling, seed=derive_seed(run.config.seed, "train", step), label="train", step=step, keep=False)
 
     def credit(traces: Sequence[Trace]) -> tuple[list[Sample], int, Mapping[str, float]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
+from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
 
 BUCKET_BYTES = 64 << 20
@@ -34,11 +37,11 @@ class DataParallel:
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """See Strategy."""
-        if self.world.size == 1:
-            return dict(values)
-        total = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)
-        dist.all_reduce(total)
-        return dict(zip(sorted(values), total.tolist(), strict=True))
+        total: dict[str, float] = defaultdict(float)
+        for line in gather_lines(self.world, [json.dumps(values)]):
+            for name, value in json.loads(line).items():
+                total[name] += value
+        return dict(total)
 
 
 def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:

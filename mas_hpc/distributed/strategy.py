@@ -20,5 +20,5 @@ class Strategy(Protocol):
         ...
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sum named numbers over ranks; all ranks give the same names. Collective."""
+        """Sum named numbers over ranks; a rank without a name, such as one without work, adds nothing. Collective."""
         ...

@@ -64,7 +64,7 @@ class Learner:
         sums: dict[str, float] = defaultdict(float)
         sums |= {"loss": 0.0, "tokens": 0.0, "entropy": 0.0}
         adapters = self._bank.index if self._bank else {}
-        for part in split(samples, max_tokens=self._max_tree_tokens):
+        for part in split(samples, max_tokens=self._max_tree_tokens, adapters=adapters, scope=self._scope):
             tree = pack(part, adapters=adapters, scope=self._scope).to(self._model.device)
             logprob_N, entropy_N = forward(
                 self._model, tree, bank=self._bank, temperature=self._temperature, need_entropy=True
