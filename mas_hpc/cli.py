@@ -55,7 +55,7 @@ def pipeline(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mas-hpc pipeline configs/quickstart.yaml seed=1
     """
-    from mas_hpc import run as phases
+    from mas_hpc import phases
 
     def job(run: Run) -> None:
         run = phases.warm_up(run)
@@ -72,7 +72,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mas-hpc train configs/at_grpo.yaml method.steps=20
     """
-    from mas_hpc import run as phases
+    from mas_hpc import phases
 
     def job(run: Run) -> None:
         phases.train(phases.warm_up(run))
@@ -87,7 +87,7 @@ def rollout(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mas-hpc rollout configs/mas.yaml data.path=gsm8k/test.jsonl rollout.num_tasks=8
     """
-    from mas_hpc import run as phases
+    from mas_hpc import phases
 
     def job(run: Run) -> None:
         phases.rollout(phases.warm_up(run))
@@ -102,7 +102,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mas-hpc evaluate configs/mas.yaml data.path=gsm8k/test.jsonl evaluation.num_tasks=20
     """
-    from mas_hpc import run as phases
+    from mas_hpc import phases
 
     def job(run: Run) -> None:
         run = phases.warm_up(run)
@@ -149,12 +149,12 @@ def _with_run(config: RunConfig, job: Any) -> None:
     """Join the ranks, build the run and do the job; say where the traces are when it is interrupted."""
     from rich.console import Console
 
-    from mas_hpc import run as phases
     from mas_hpc.distributed.world import World, connected
+    from mas_hpc.run import build
 
     with connected(World.from_env()) as world:
         console = Console(quiet=not world.is_first, soft_wrap=True)
-        run = phases.build(config, world, console)
+        run = build(config, world, console)
         console.print(f"run folder: {run.folder}", highlight=False)
         try:
             job(run)
@@ -164,7 +164,7 @@ def _with_run(config: RunConfig, job: Any) -> None:
 
 
 def _finish(run: Run, rows: Any) -> None:
-    from mas_hpc import run as phases
+    from mas_hpc import phases
     from mas_hpc.plan import print_results
 
     results = phases.write_results(run, rows)

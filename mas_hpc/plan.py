@@ -67,7 +67,7 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     from mas_hpc.evaluation.report.run_folder import Results
 
     table = Table(title="held-out questions", title_justify="left")
-    for column in ("system", "T", "accuracy", "95% interval", "tokens", "balanced accuracy of verdicts"):
+    for column in ("system", "T", "accuracy", "95% interval", "tokens", "balanced verdicts (planted)"):
         table.add_column(column, justify="left" if column == "system" else "right")
     for row in results["rows"]:
         balance = {agent: verdict["balanced_accuracy"] for agent, verdict in row["verdicts"].items()}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -17,34 +15,22 @@ from ruamel.yaml import YAML
 from mas_hpc.agents.agent import Agent
 from mas_hpc.agents.role import ROLES
 from mas_hpc.agents.template import ChatTemplate, CompactTemplate
-from mas_hpc.config import AdapterConfig, ATGRPOConfig, RingConfig, RunConfig, SFTConfig, TeamConfig
-from mas_hpc.credit_assignment.assign import num_group_tokens, to_samples
-from mas_hpc.credit_assignment.at_grpo import GroupSettings, at_grpo, group_metrics
+from mas_hpc.config import AdapterConfig, ATGRPOConfig, RunConfig, TeamConfig
 from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
-from mas_hpc.distributed.ddp import DataParallel
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import ConfigError, DataError
-from mas_hpc.evaluation import benchmark
-from mas_hpc.evaluation.graders import grade
+from mas_hpc.errors import ConfigError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.load import load_model
 from mas_hpc.orchestration.collect import collect
-from mas_hpc.orchestration.demonstrate import Demonstrator, demonstrate
-from mas_hpc.orchestration.demonstrators import ReferenceDemonstrator, RingDemonstrator
 from mas_hpc.orchestration.episode import Play, Team
-from mas_hpc.orchestration.sampling import Sampling, derive_seed
+from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.orchestration.topology import Pipeline, Single, Topology
 from mas_hpc.rollout.native.engine import NativeEngine
-from mas_hpc.training.checkpoint import save
-from mas_hpc.training.learner import Learner
 from mas_hpc.training.log import MetricsLog
-from mas_hpc.training.methods import loss_of
-from mas_hpc.training.offline import fit_offline
-from mas_hpc.training.online import fit_online
-from mas_hpc.types import Sample, Task, Trace
+from mas_hpc.types import Task, Trace, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +80,6 @@ def build(config: RunConfig, world: World, console: Console) -> Run:
         model=model, tokenizer=tokenizer, bank=None, engine=NativeEngine(model, tokenizer, max_rows=config.rollout.max_rows),
         team=team, train_tasks=train_tasks, test_tasks=test_tasks,
     )  # fmt: skip
-
-
-def warm_up(run: Run) -> Run:
-    """The warm start of the base model, then the adapters on top of it; each only if configured."""
-    warm_start = run.config.warm_start
-    if warm_start and warm_start.steps:
-        fit_sft(run, warm_start, "warm_start")
-    return with_adapters(run) if run.config.adapters.policies == "per_agent" else run
 
 
 def check_world(config: RunConfig, world: World) -> None:
@@ -171,25 +149,17 @@ def with_adapters(run: Run) -> Run:
     return replace(run, bank=bank, engine=engine)
 
 
-def build_learner(run: Run, method: SFTConfig | ATGRPOConfig) -> Learner:
-    """The optimizer of one phase."""
-    return Learner(
-        run.model, run.bank, DataParallel(run.world), method, scope=run.config.adapters.scope,
-        max_tree_tokens=run.config.model.max_tree_tokens,
-        temperature=run.config.rollout.temperature if isinstance(method, ATGRPOConfig) else 1.0,
-    )  # fmt: skip
-
-
 def play_all(
     run: Run, tasks: Sequence[Task], sampling: Sampling, *, seed: int, label: str, team: Team | None = None, step: int = 0,
-    keep: bool = True, title: str = "",
+    keep: bool = True, title: str = "", starts: Sequence[Sequence[Turn]] = (),
 ) -> list[Trace]:  # fmt: skip
     """Play one episode a task, shared out over the ranks; every rank gets all traces, in the order of the tasks.
 
     With `keep`, each trace goes to this rank's file under traces/ as soon as it ends; without, only if interrupted.
     """
     how = Play(team=team or run.team, sampling=sampling, judge=run.judge, seed=seed)
-    mine = tasks[run.world.rank :: run.world.size]
+    turn = slice(run.world.rank, None, run.world.size)
+    mine = tasks[turn]
     suffix = f".rank{run.world.rank}" if run.world.size > 1 else ""
     file = run.folder / "traces" / f"{label}{suffix}.jsonl"
     held: list[Trace] = []
@@ -204,7 +174,7 @@ def play_all(
     live = max(1, run.config.rollout.max_rows // sampling.group_size)
     try:
         with bar if title else _Silent():
-            traces = collect(run.engine, mine, how, step=step, label=label, max_live=live, on_trace=on_trace)
+            traces = collect(run.engine, mine, how, step=step, label=label, max_live=live, on_trace=on_trace, starts=starts[turn])
     except KeyboardInterrupt:
         if not keep:
             trace_store.write(file, held)
@@ -222,179 +192,3 @@ def play_all(
 class _Silent:
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
-
-
-def train(run: Run) -> None:
-    """Run the configured method and save the weights."""
-    method = run.config.method
-    if isinstance(method, SFTConfig):
-        fit_sft(run, method, "train")
-    else:
-        fit_at_grpo(run, method)
-    if run.world.is_first:
-        save(run.folder, run.model, run.tokenizer, run.bank, base_model=run.config.model.path)
-
-
-def fit_sft(run: Run, method: SFTConfig, phase: str) -> None:
-    """Supervised fine-tuning on transcripts that a demonstrator writes for the training questions."""
-    demonstrator = build_demonstrator(run, method)
-    tasks = training_tasks(run)
-
-    def batch(step: int) -> list[Sample]:
-        rng = Random(derive_seed(run.config.seed, phase, step))
-        chosen = rng.choices(tasks, k=method.batch_size)
-        return [
-            sample
-            for number, task in enumerate(chosen)
-            for sample in demonstrate(task, run.team, demonstrator, derive_seed(run.config.seed, phase, step, number))
-        ]
-
-    bar, bar_task = run.progress("supervised fine-tuning", method.steps)
-    with bar:
-        fit_offline(
-            batch=batch, learner=build_learner(run, method), loss=loss_of(method),
-            log=_logger(run, phase, method.steps, lambda: bar.advance(bar_task)), steps=range(method.steps),
-        )  # fmt: skip
-
-
-def training_tasks(run: Run) -> tuple[Task, ...]:
-    """The training questions. Raises DataError when there are none."""
-    if not run.train_tasks:
-        raise DataError("data.num_train=0: training needs questions; set data.num_train to at least 1")
-    return run.train_tasks
-
-
-def build_demonstrator(run: Run, method: SFTConfig) -> Demonstrator:
-    """Who writes the transcripts: the ring's own demonstrator, or the reference solutions."""
-    data = run.config.data
-    if isinstance(data, RingConfig):
-        return RingDemonstrator(modulus=data.modulus, slip_rate=method.slip_rate, wrong_rate=method.wrong_rate)
-    return ReferenceDemonstrator(grade=grade, wrong_rate=method.wrong_rate, compact=isinstance(run.team.template, CompactTemplate))
-
-
-def fit_at_grpo(run: Run, method: ATGRPOConfig) -> None:
-    """AT-GRPO: K siblings a state, credit inside each group, one or more updates a batch."""
-    sampling = Sampling(
-        temperature=run.config.rollout.temperature, group_size=method.group_size, commit=method.commit, alpha=method.alpha,
-        team_rollouts=method.team_rollouts,
-    )  # fmt: skip
-    groups = GroupSettings(
-        group_size=method.group_size, normalize=method.normalize, agent_weights=method.agent_weights,
-        balance_verdicts=method.balance_verdicts,
-    )  # fmt: skip
-    if method.alpha and not method.team_rollouts and run.world.is_first:
-        run.console.print(
-            f"[yellow]method.alpha={method.alpha:g} with method.team_rollouts=0: siblings share one team reward, "
-            "which group centring erases; only local rewards train. Set method.team_rollouts=1 or more.[/yellow]"
-        )
-
-    questions = training_tasks(run)
-
-    def collect_batch(step: int) -> list[Trace]:
-        rng = Random(derive_seed(run.config.seed, "tasks", step))
-        tasks = rng.sample(questions, k=min(method.tasks_per_step, len(questions)))
-        return play_all(run, tasks, sampling, seed=derive_seed(run.config.seed, "train", step), label="train", step=step, keep=False)
-
-    def credit(traces: Sequence[Trace]) -> tuple[list[Sample], int, Mapping[str, float]]:
-        credited = at_grpo(traces, groups)
-        if run.world.is_first:
-            trace_store.write(run.folder / "traces" / "train.jsonl", credited)
-        accuracy = sum(trace.reward or 0.0 for trace in credited) / len(credited)
-        return to_samples(credited), num_group_tokens(credited), {"accuracy": accuracy, **group_metrics(credited)}
-
-    bar, bar_task = run.progress("AT-GRPO", method.steps)
-    with bar:
-        fit_online(
-            collect=collect_batch, credit=credit, learner=build_learner(run, method), loss=loss_of(method),
-            push=lambda version: run.engine.load(version=version), steps=range(method.steps),
-            log=_logger(run, "train", method.steps, lambda: bar.advance(bar_task)), updates_per_batch=method.updates_per_batch,
-        )  # fmt: skip
-
-
-def _logger(run: Run, phase: str, steps: int, advance: Callable[[], None]) -> Callable[[int, Mapping[str, float]], None]:
-    """Metrics to the log, and about ten lines of them to the console."""
-    every = max(1, steps // 10)
-
-    def log(step: int, metrics: Mapping[str, float]) -> None:
-        run.log(phase, step, metrics)
-        advance()
-        if run.world.is_first and ((step + 1) % every == 0 or step + 1 == steps):
-            shown = [name for name in metrics if name in ("loss", "accuracy", "entropy") or name.startswith("reward/")]
-            values = "  ".join(f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in shown)
-            run.console.print(f"{phase} {step + 1}/{steps}  {values}", highlight=False)
-
-    return log
-
-
-def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
-    """The team and its controls on the held-out questions, at every configured temperature."""
-    settings = run.config.evaluation
-    tasks = run.test_tasks[: settings.num_tasks]
-    rows: list[benchmark.Row] = []
-    for temperature in settings.temperatures:
-        label = f"{phase}-T{temperature:g}"
-        sampling = Sampling(temperature=temperature, top_p=run.config.rollout.top_p, top_k=run.config.rollout.top_k)
-        traces = play_all(run, tasks, sampling, seed=settings.seed, label=label, title=f"evaluate {phase}, T={temperature:g}")
-        team = benchmark.team_row(traces, phase=phase, temperature=temperature)
-        rows.append(team)
-        if len(run.team.agents) > 1:
-            rows.append(benchmark.first_speaker_row(traces, phase=phase, temperature=temperature))
-        if settings.controls and temperature > 0:
-            rows += controls(run, tasks, sampling, traces, team)
-    return rows
-
-
-def controls(run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row) -> list[benchmark.Row]:
-    """Majority vote of the first answering agent, and its fresh tries judged by the first critic, at the team's tokens."""
-    first = traces[0].path[0].agent
-    critic = next((name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"), None)
-    seed = run.config.evaluation.seed
-    title = f"controls {team.phase}, T={team.temperature:g}"
-    tokens = sum(len(trace.path[0].completion_ids) for trace in traces) / len(traces)
-    votes = replace(sampling, group_size=benchmark.equal_budget(team.tokens_per_question, tokens))
-    alone = replace(run.team, topology=Single(agent=first))
-    voted = play_all(run, tasks, votes, seed=seed, label=f"{team.phase}-vote", team=alone, keep=False, title=title)
-    rows = [benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)]
-    if critic is not None:
-        tokens += sum(len(t.completion_ids) for trace in traces for t in trace.path if t.agent == critic) / len(traces)
-        size = benchmark.equal_budget(team.tokens_per_question, tokens)
-        judged = replace(run.team, topology=Pipeline(agents=(first, critic)))
-        made = best_of_n(run, tasks, sampling, judged, size, title)
-        rows.append(benchmark.best_of_n_row(made, phase=team.phase, temperature=team.temperature))
-    return rows
-
-
-def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, size: int, title: str) -> list[list[Trace]]:
-    """Fresh tries for every question until the critic accepts one or `size` are made."""
-    made: list[list[Trace]] = [[] for _ in tasks]
-    for number in range(size):
-        waiting = [i for i, tries in enumerate(made) if not tries or tries[-1].path[-1].verdict is not True]
-        if not waiting:
-            break
-        seed = derive_seed(run.config.evaluation.seed, "try", number)
-        tries = play_all(run, [tasks[i] for i in waiting], sampling, seed=seed, label="best-of-n", team=judged, keep=False, title=title)
-        for i, trace in zip(waiting, tries, strict=True):
-            made[i].append(trace)
-    return made
-
-
-def write_results(run: Run, rows: Sequence[benchmark.Row]) -> dict[str, Any]:
-    """results.json: rows, and the paired tests of before against after."""
-    results = {"rows": [row.to_json() for row in rows], "paired": benchmark.compare(rows)}
-    if run.world.is_first:
-        (run.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return results
-
-
-def rollout(run: Run) -> list[Trace]:
-    """Run the team on the held-out questions, one path each, and keep the traces."""
-    settings = run.config.rollout
-    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
-    tasks = run.test_tasks[: settings.num_tasks]
-    traces = play_all(run, tasks, sampling, seed=run.config.seed, label="rollout", title="rollout")
-    right = sum(trace.reward or 0.0 for trace in traces)
-    failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)
-    run.console.print(
-        f"{len(traces)} traces in {run.folder / 'traces'}: {right:g} right, {failed} failed turns", highlight=False
-    )
-    return traces

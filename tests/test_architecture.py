@@ -30,7 +30,7 @@ ALLOWED = {
     "distributed": {"config"},
     "training": {"config", "credit_assignment", "data", "distributed", "models"},
 }
-FREE = {"run", "cli", "plan", "__main__"}
+FREE = {"run", "phases", "cli", "plan", "__main__"}
 
 
 def sources() -> list[Path]:

@@ -9,7 +9,14 @@ from statistics import fmean
 from typing import Any
 
 from mas_hpc.evaluation.graders import grade
-from mas_hpc.evaluation.metrics import VerdictBalance, balanced_verdicts, majority, paired_test, tokens_per_question, wilson
+from mas_hpc.evaluation.metrics import (
+    VerdictBalance,
+    balanced_verdicts,
+    majority,
+    paired_test,
+    tokens_per_question,
+    wilson,
+)
 from mas_hpc.types import Trace
 
 
@@ -28,7 +35,7 @@ class Row:
     """One entry a question, in the same order in every row."""
     tokens_per_question: float
     verdicts: dict[str, VerdictBalance]
-    """Balance of each judging agent; empty where nobody judges."""
+    """Balance of each judging agent on planted answers, every other one wrong; empty for controls."""
 
     @property
     def accuracy(self) -> float:
@@ -41,12 +48,12 @@ class Row:
         return {**asdict(self), "accuracy": self.accuracy, "low": low, "high": high, "num_questions": len(self.right)}
 
 
-def team_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
-    """The team's own answers."""
+def team_row(traces: Sequence[Trace], *, phase: str, temperature: float, verdicts: dict[str, VerdictBalance]) -> Row:
+    """The team's own answers; `verdicts` is how its judges do on planted answers."""
     right = tuple(trace.reward == 1.0 for trace in traces)
     return Row(
         name=f"team, {phase} training", phase=phase, temperature=temperature, right=right, tokens_per_question=tokens_per_question(traces),
-        verdicts=verdict_balance(traces),
+        verdicts=verdicts,
     )  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def best_of_n_row(tries: Sequence[Sequence[Trace]], *, phase: str, temperature: 
         name=f"best of {max(map(len, tries))} by own critic, {phase}", phase="control", temperature=temperature,
         right=tuple(made[-1].reward == 1.0 for made in tries),
         tokens_per_question=fmean(sum(trace.num_completion_tokens for trace in made) for made in tries),
-        verdicts=verdict_balance([trace for made in tries for trace in made]),
+        verdicts={},
     )  # fmt: skip
 
 
@@ -88,12 +95,12 @@ def equal_budget(team_tokens: float, tokens_per_try: float) -> int:
 
 
 def verdict_balance(traces: Sequence[Trace]) -> dict[str, VerdictBalance]:
-    """Per judging agent: its committed verdicts against the truth; agents that never judge are left out."""
+    """Per agent that speaks last: its verdicts against the truth. A failed turn counts as unreadable."""
     pairs: dict[str, list[tuple[bool | None, bool]]] = {}
-    for turn in (turn for trace in traces for turn in trace.path if turn.answer is None and turn.truth is not None):
-        pairs.setdefault(turn.agent, []).append((turn.verdict, turn.truth))
-    judged = {turn.agent for trace in traces for turn in trace.path if turn.verdict is not None}
-    return {agent: balanced_verdicts(found) for agent, found in pairs.items() if agent in judged}
+    for trace in traces:
+        turn = trace.path[-1]
+        pairs.setdefault(turn.agent, []).append((turn.verdict, bool(turn.truth)))
+    return {agent: balanced_verdicts(found) for agent, found in pairs.items()}
 
 
 def compare(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -12,13 +12,16 @@ from mas_hpc.types import Task, Trace, Turn
 
 def collect(
     engine: RolloutEngine, tasks: Sequence[Task], how: Play, *, step: int = 0, label: str = "", max_live: int,
-    on_trace: Callable[[Trace], None],
+    on_trace: Callable[[Trace], None], starts: Sequence[Sequence[Turn]] = (),
 ) -> list[Trace]:  # fmt: skip
     """Play one episode a task, at most `max_live` at a time; `on_trace` gets each trace as soon as it ends.
 
+    `starts`, one a task, are committed turns to continue from; without them every episode begins at the question.
+
     On Ctrl-C the unfinished traces are handed over too (answer and reward None) before the interrupt goes on.
     """
-    turns: list[list[Turn]] = [[] for _ in tasks]
+    starts = starts or [()] * len(tasks)
+    turns = [list(start) for start in starts]
     finished: dict[int, Trace] = {}
 
     def end(number: int, path: tuple[Turn, ...]) -> None:
@@ -26,7 +29,7 @@ def collect(
         finished[number] = trace
         on_trace(trace)
 
-    games = [play(task, how, turns[number]) for number, task in enumerate(tasks)]
+    games = [play(task, how, turns[number], path=tuple(starts[number])) for number, task in enumerate(tasks)]
     try:
         run(engine, parallel(games, max_live=max_live, on_end=end))
     except KeyboardInterrupt:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 from mas_hpc.agents.agent import Agent
 from mas_hpc.orchestration.episode import Team
@@ -22,7 +23,16 @@ class Draft:
     trained: bool = True
 
 
-Demonstrator = Callable[[Task, Agent, tuple[Turn, ...], Random], Draft]
+class Demonstrator(Protocol):
+    """Writes turns without a model."""
+
+    def __call__(self, task: Task, agent: Agent, path: tuple[Turn, ...], rng: Random) -> Draft:
+        """The text of one turn."""
+        ...
+
+    def answer(self, task: Task, rng: Random, *, right: bool) -> str:
+        """The text of an answer that is right, or one that is wrong."""
+        ...
 
 
 def demonstrate(task: Task, team: Team, demonstrator: Demonstrator, seed: int) -> list[Sample]:
@@ -36,22 +46,42 @@ def demonstrate(task: Task, team: Team, demonstrator: Demonstrator, seed: int) -
     while speakers := team.topology.next_speakers(path):
         state = tuple(path)
         for name in speakers:
-            agent = team.agents[name]
-            draft = demonstrator(task, agent, state, rng)
-            prompt_ids, prompt_spans = team.prompt(task, agent, state)
-            answer, verdict = team.template.read(agent, draft.text)
-            turn = Turn(
-                id=f"{task.id}/{len(path)}-{name}", parent=path[-1].id if path else None, task_id=task.id, agent=name,
-                policy=agent.policy, index=len(path), prompt_ids=prompt_ids, prompt_spans=prompt_spans,
-                completion_ids=team.template.write(draft.text), behavior_logprobs=(), text=draft.text,
-                answer=answer, verdict=verdict, finish="stop", committed=True,
-            )  # fmt: skip
+            draft = demonstrator(task, team.agents[name], state, rng)
+            turn = write_turn(task, team, name, state, draft.text)
             path.append(turn)
             if draft.trained:
                 samples.append(
                     Sample(
-                        id=turn.id, tree=f"{task.id}#{seed}", agent=name, policy=agent.policy, prompt_ids=prompt_ids,
-                        prompt_spans=prompt_spans, completion_ids=turn.completion_ids,
+                        id=turn.id, tree=f"{task.id}#{seed}", agent=name, policy=turn.policy, prompt_ids=turn.prompt_ids,
+                        prompt_spans=turn.prompt_spans, completion_ids=turn.completion_ids,
                     )
                 )  # fmt: skip
     return samples
+
+
+def plant(task: Task, team: Team, demonstrator: Demonstrator, judge: str, *, right: bool, seed: int) -> tuple[Turn, ...]:
+    """The turns before agent `judge` speaks for the first time, the last of which gives a right or a wrong answer.
+
+    Empty when `judge` does not speak directly after an answer.
+    """
+    rng = Random(seed)
+    path: list[Turn] = []
+    while (name := team.topology.next_speakers(path)[0]) != judge:
+        path.append(write_turn(task, team, name, path, demonstrator(task, team.agents[name], tuple(path), rng).text))
+    if not path or team.agents[path[-1].agent].role.produces != "answer":
+        return ()
+    *earlier, last = path
+    return (*earlier, write_turn(task, team, last.agent, earlier, demonstrator.answer(task, rng, right=right)))
+
+
+def write_turn(task: Task, team: Team, name: str, path: Sequence[Turn], text: str) -> Turn:
+    """A committed turn with a given text, as if the agent had written it from this state."""
+    agent = team.agents[name]
+    prompt_ids, prompt_spans = team.prompt(task, agent, path)
+    answer, verdict = team.template.read(agent, text)
+    return Turn(
+        id=f"{task.id}/{len(path)}-{name}-demonstrated", parent=path[-1].id if path else None, task_id=task.id, agent=name,
+        policy=agent.policy, index=len(path), prompt_ids=prompt_ids, prompt_spans=prompt_spans,
+        completion_ids=team.template.write(text), behavior_logprobs=(), text=text, answer=answer, verdict=verdict,
+        finish="stop", committed=True,
+    )  # fmt: skip

@@ -43,6 +43,13 @@ class RingDemonstrator:
             return Draft(text="".join(map(str, digits)))
         return Draft(text="".join(map(str, self._corrupt(digits, rng))), trained=False)
 
+    def answer(self, task: Task, rng: Random, *, right: bool) -> str:
+        """The reference, or some of its digits redrawn until a sum fails."""
+        sums, digits = [int(digit) for digit in task.compact], [int(digit) for digit in task.answer]
+        while not right and self._verdict(sums, digits).endswith("+"):
+            digits = self._corrupt(digits, rng)
+        return "".join(map(str, digits))
+
     def _complete(self, sums: Sequence[int], first: int, *, slips: bool) -> list[int]:
         digits = [first]
         for total in sums[:-1]:
@@ -75,8 +82,12 @@ class ReferenceDemonstrator:
         if agent.role.produces == "verdict":
             return Draft(text=self._verdict(task, previous[-1].answer if previous else None))
         wrong = rng.random() < self.wrong_rate and not (previous and path[-1].verdict is True)
-        answer = _changed(task.answer, rng) if wrong else task.answer
-        return Draft(text=answer if self.compact else self._solution(task, answer), trained=not wrong)
+        return Draft(text=self.answer(task, rng, right=not wrong), trained=not wrong)
+
+    def answer(self, task: Task, rng: Random, *, right: bool) -> str:
+        """The reference solution, or with one digit of its result changed."""
+        answer = task.answer if right else _changed(task.answer, rng)
+        return answer if self.compact else self._solution(task, answer)
 
     def _verdict(self, task: Task, answer: str | None) -> str:
         right = self.grade(task, answer)

@@ -32,6 +32,21 @@ class Single:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """Another topology that ends as soon as `judge` has spoken.
+
+    Example: Judged(topology=pipeline, judge="critic").next_speakers([solver, critic]) == ()
+    """
+
+    topology: Topology
+    judge: str
+
+    def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
+        """As the topology, until the judge has spoken."""
+        return () if path and path[-1].agent == self.judge else self.topology.next_speakers(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     """The agents speak in order; while the last one rejects, the last `num_looped` agents go again.
 

@@ -1,0 +1,244 @@
+"""The phases of a run, in the order of the pipeline: warm start, rollout, evaluation, training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+from mas_hpc.agents.template import CompactTemplate
+from mas_hpc.config import ATGRPOConfig, RingConfig, SFTConfig
+from mas_hpc.credit_assignment.assign import num_group_tokens, to_samples
+from mas_hpc.credit_assignment.at_grpo import GroupSettings, at_grpo, group_metrics
+from mas_hpc.data import trace_store
+from mas_hpc.distributed.ddp import DataParallel
+from mas_hpc.errors import DataError
+from mas_hpc.evaluation import benchmark
+from mas_hpc.evaluation.graders import grade
+from mas_hpc.evaluation.metrics import VerdictBalance
+from mas_hpc.orchestration.demonstrate import Demonstrator, demonstrate, plant
+from mas_hpc.orchestration.demonstrators import ReferenceDemonstrator, RingDemonstrator
+from mas_hpc.orchestration.episode import Team
+from mas_hpc.orchestration.sampling import Sampling, derive_seed
+from mas_hpc.orchestration.topology import Judged, Pipeline, Single
+from mas_hpc.run import Run, play_all, with_adapters
+from mas_hpc.training.checkpoint import save
+from mas_hpc.training.learner import Learner
+from mas_hpc.training.methods import loss_of
+from mas_hpc.training.offline import fit_offline
+from mas_hpc.training.online import fit_online
+from mas_hpc.types import Sample, Task, Trace
+
+
+def warm_up(run: Run) -> Run:
+    """The warm start of the base model, then the adapters on top of it; each only if configured."""
+    warm_start = run.config.warm_start
+    if warm_start and warm_start.steps:
+        fit_sft(run, warm_start, "warm_start")
+    return with_adapters(run) if run.config.adapters.policies == "per_agent" else run
+
+
+def build_learner(run: Run, method: SFTConfig | ATGRPOConfig) -> Learner:
+    """The optimizer of one phase."""
+    return Learner(
+        run.model, run.bank, DataParallel(run.world), method, scope=run.config.adapters.scope,
+        max_tree_tokens=run.config.model.max_tree_tokens,
+        temperature=run.config.rollout.temperature if isinstance(method, ATGRPOConfig) else 1.0,
+    )  # fmt: skip
+
+
+def train(run: Run) -> None:
+    """Run the configured method and save the weights."""
+    method = run.config.method
+    if isinstance(method, SFTConfig):
+        fit_sft(run, method, "train")
+    else:
+        fit_at_grpo(run, method)
+    if run.world.is_first:
+        save(run.folder, run.model, run.tokenizer, run.bank, base_model=run.config.model.path)
+
+
+def fit_sft(run: Run, method: SFTConfig, phase: str) -> None:
+    """Supervised fine-tuning on transcripts that a demonstrator writes for the training questions."""
+    demonstrator = build_demonstrator(run, method)
+    tasks = training_tasks(run)
+
+    def batch(step: int) -> list[Sample]:
+        rng = Random(derive_seed(run.config.seed, phase, step))
+        chosen = rng.choices(tasks, k=method.batch_size)
+        return [
+            sample
+            for number, task in enumerate(chosen)
+            for sample in demonstrate(task, run.team, demonstrator, derive_seed(run.config.seed, phase, step, number))
+        ]
+
+    bar, bar_task = run.progress("supervised fine-tuning", method.steps)
+    with bar:
+        fit_offline(
+            batch=batch, learner=build_learner(run, method), loss=loss_of(method),
+            log=_logger(run, phase, method.steps, lambda: bar.advance(bar_task)), steps=range(method.steps),
+        )  # fmt: skip
+
+
+def training_tasks(run: Run) -> tuple[Task, ...]:
+    """The training questions. Raises DataError when there are none."""
+    if not run.train_tasks:
+        raise DataError("data.num_train=0: training needs questions; set data.num_train to at least 1")
+    return run.train_tasks
+
+
+def build_demonstrator(run: Run, method: SFTConfig) -> Demonstrator:
+    """Who writes the transcripts: the ring's own demonstrator, or the reference solutions."""
+    data = run.config.data
+    if isinstance(data, RingConfig):
+        return RingDemonstrator(modulus=data.modulus, slip_rate=method.slip_rate, wrong_rate=method.wrong_rate)
+    return ReferenceDemonstrator(grade=grade, wrong_rate=method.wrong_rate, compact=isinstance(run.team.template, CompactTemplate))
+
+
+def fit_at_grpo(run: Run, method: ATGRPOConfig) -> None:
+    """AT-GRPO: K siblings a state, credit inside each group, one or more updates a batch."""
+    sampling = Sampling(
+        temperature=run.config.rollout.temperature, group_size=method.group_size, commit=method.commit, alpha=method.alpha,
+        team_rollouts=method.team_rollouts,
+    )  # fmt: skip
+    groups = GroupSettings(
+        group_size=method.group_size, normalize=method.normalize, agent_weights=method.agent_weights,
+        balance_verdicts=method.balance_verdicts,
+    )  # fmt: skip
+    if method.alpha and not method.team_rollouts and run.world.is_first:
+        run.console.print(
+            f"[yellow]method.alpha={method.alpha:g} with method.team_rollouts=0: siblings share one team reward, "
+            "which group centring erases; only local rewards train. Set method.team_rollouts=1 or more.[/yellow]"
+        )
+
+    questions = training_tasks(run)
+
+    def collect_batch(step: int) -> list[Trace]:
+        rng = Random(derive_seed(run.config.seed, "tasks", step))
+        tasks = rng.sample(questions, k=min(method.tasks_per_step, len(questions)))
+        return play_all(run, tasks, sampling, seed=derive_seed(run.config.seed, "train", step), label="train", step=step, keep=False)
+
+    def credit(traces: Sequence[Trace]) -> tuple[list[Sample], int, Mapping[str, float]]:
+        credited = at_grpo(traces, groups)
+        if run.world.is_first:
+            trace_store.write(run.folder / "traces" / "train.jsonl", credited)
+        accuracy = sum(trace.reward or 0.0 for trace in credited) / len(credited)
+        return to_samples(credited), num_group_tokens(credited), {"accuracy": accuracy, **group_metrics(credited)}
+
+    bar, bar_task = run.progress("AT-GRPO", method.steps)
+    with bar:
+        fit_online(
+            collect=collect_batch, credit=credit, learner=build_learner(run, method), loss=loss_of(method),
+            push=lambda version: run.engine.load(version=version), steps=range(method.steps),
+            log=_logger(run, "train", method.steps, lambda: bar.advance(bar_task)), updates_per_batch=method.updates_per_batch,
+        )  # fmt: skip
+
+
+def _logger(run: Run, phase: str, steps: int, advance: Callable[[], None]) -> Callable[[int, Mapping[str, float]], None]:
+    """Metrics to the log, and about ten lines of them to the console."""
+    every = max(1, steps // 10)
+
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        run.log(phase, step, metrics)
+        advance()
+        if run.world.is_first and ((step + 1) % every == 0 or step + 1 == steps):
+            shown = [name for name in metrics if name in ("loss", "accuracy", "entropy") or name.startswith("reward/")]
+            values = "  ".join(f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in shown)
+            run.console.print(f"{phase} {step + 1}/{steps}  {values}", highlight=False)
+
+    return log
+
+
+def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
+    """The team and its controls on the held-out questions, at every configured temperature."""
+    settings = run.config.evaluation
+    tasks = run.test_tasks[: settings.num_tasks]
+    rows: list[benchmark.Row] = []
+    for temperature in settings.temperatures:
+        label = f"{phase}-T{temperature:g}"
+        sampling = Sampling(temperature=temperature, top_p=run.config.rollout.top_p, top_k=run.config.rollout.top_k)
+        traces = play_all(run, tasks, sampling, seed=settings.seed, label=label, title=f"evaluate {phase}, T={temperature:g}")
+        balance = planted_verdicts(run, tasks, sampling)
+        team = benchmark.team_row(traces, phase=phase, temperature=temperature, verdicts=balance)
+        rows.append(team)
+        if len(run.team.agents) > 1:
+            rows.append(benchmark.first_speaker_row(traces, phase=phase, temperature=temperature))
+        if settings.controls and temperature > 0:
+            rows += controls(run, tasks, sampling, traces, team)
+    return rows
+
+
+def planted_verdicts(run: Run, tasks: Sequence[Task], sampling: Sampling) -> dict[str, VerdictBalance]:
+    """Each judging agent on answers that were planted, every other one wrong: a good team leaves it few wrong ones to judge."""
+    method = run.config.warm_start or SFTConfig()
+    demonstrator = build_demonstrator(run, method)
+    seed = run.config.evaluation.seed
+    found = {}
+    for judge in (name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"):
+        starts = [
+            plant(task, run.team, demonstrator, judge, right=number % 2 == 0, seed=derive_seed(seed, "plant", number))
+            for number, task in enumerate(tasks)
+        ]
+        if all(starts):
+            team = replace(run.team, topology=Judged(topology=run.team.topology, judge=judge))
+            traces = play_all(run, tasks, sampling, seed=seed, label="planted", team=team, starts=starts, keep=False)
+            found |= {judge: benchmark.verdict_balance(traces)[judge]}
+    return found
+
+
+def controls(run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row) -> list[benchmark.Row]:
+    """Majority vote of the first answering agent, and its fresh tries judged by the first critic, at the team's tokens."""
+    first = traces[0].path[0].agent
+    critic = next((name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"), None)
+    seed = run.config.evaluation.seed
+    title = f"controls {team.phase}, T={team.temperature:g}"
+    tokens = sum(len(trace.path[0].completion_ids) for trace in traces) / len(traces)
+    votes = replace(sampling, group_size=benchmark.equal_budget(team.tokens_per_question, tokens))
+    alone = replace(run.team, topology=Single(agent=first))
+    voted = play_all(run, tasks, votes, seed=seed, label=f"{team.phase}-vote", team=alone, keep=False, title=title)
+    rows = [benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)]
+    if critic is not None:
+        tokens += sum(len(t.completion_ids) for trace in traces for t in trace.path if t.agent == critic) / len(traces)
+        size = benchmark.equal_budget(team.tokens_per_question, tokens)
+        judged = replace(run.team, topology=Pipeline(agents=(first, critic)))
+        made = best_of_n(run, tasks, sampling, judged, size, title)
+        rows.append(benchmark.best_of_n_row(made, phase=team.phase, temperature=team.temperature))
+    return rows
+
+
+def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, size: int, title: str) -> list[list[Trace]]:
+    """Fresh tries for every question until the critic accepts one or `size` are made."""
+    made: list[list[Trace]] = [[] for _ in tasks]
+    for number in range(size):
+        waiting = [i for i, tries in enumerate(made) if not tries or tries[-1].path[-1].verdict is not True]
+        if not waiting:
+            break
+        seed = derive_seed(run.config.evaluation.seed, "try", number)
+        tries = play_all(run, [tasks[i] for i in waiting], sampling, seed=seed, label="best-of-n", team=judged, keep=False, title=title)
+        for i, trace in zip(waiting, tries, strict=True):
+            made[i].append(trace)
+    return made
+
+
+def write_results(run: Run, rows: Sequence[benchmark.Row]) -> dict[str, Any]:
+    """results.json: rows, and the paired tests of before against after."""
+    results = {"rows": [row.to_json() for row in rows], "paired": benchmark.compare(rows)}
+    if run.world.is_first:
+        (run.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
+
+
+def rollout(run: Run) -> list[Trace]:
+    """Run the team on the held-out questions, one path each, and keep the traces."""
+    settings = run.config.rollout
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+    tasks = run.test_tasks[: settings.num_tasks]
+    traces = play_all(run, tasks, sampling, seed=run.config.seed, label="rollout", title="rollout")
+    right = sum(trace.reward or 0.0 for trace in traces)
+    failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)
+    run.console.print(
+        f"{len(traces)} traces in {run.folder / 'traces'}: {right:g} right, {failed} failed turns", highlight=False
+    )
+    return traces
