@@ -43,13 +43,11 @@ TINY = LlamaConfig(
 )
 PEER = f"transformers {version('transformers')} sdpa, one row a sample"
 NOTES = {
-    "work": "backbone forward + backward, float32, frozen weights, gradient to the input embeddings; "
-    "no LM head, no optimizer",
+    "work": "backbone forward + backward, float32, frozen weights, gradient to the input embeddings; no LM head, no optimizer",
     "weights": "random, in the shapes of SmolLM2-135M (30 layers, hidden 576, 9 query and 3 key/value heads) "
     "or of the tiny model",
     "cpu_s": "process CPU seconds, one thread, median of 3 repeats in alternation (ours, rows, ours, rows, ...)",
-    "peak_mib": "a fresh process for each: VmHWM at the end minus VmRSS after the model is loaded; "
-    "default allocator settings",
+    "peak_mib": "a fresh process for each: VmHWM at the end minus VmRSS after the model is loaded; default allocator settings",
     "rows": "rows of equal length in one batch: no padding, no mask; `one backward` keeps all rows until it, "
     "as a batch does, `a backward each` frees every batch of equal length before the next",
 }
@@ -81,9 +79,7 @@ class Shape:
             state += tokens(self.cue)
             answers = [tokens(self.completion) for _ in range(self.siblings)]
             samples += [
-                Sample(
-                    id=name, tree=name, agent="", policy="", prompt_ids=state, prompt_spans=(), completion_ids=answer
-                )
+                Sample(id=name, tree=name, agent="", policy="", prompt_ids=state, prompt_spans=(), completion_ids=answer)
                 for answer in answers
             ]
             state += rng.choice(answers)
@@ -152,9 +148,7 @@ def time_row(name: str, shape: Shape, *, target: float) -> Row:
     models = {"tree": build(shape.config, tree=True), "rows_each": build(shape.config, tree=False)}
     losses = [STEPS[kind](model, samples) for kind, model in models.items()]  # warms up as well
     torch.testing.assert_close(*(torch.tensor(loss) for loss in losses), rtol=1e-3, atol=1e-2)
-    ours, theirs = alternate(
-        [lambda kind=kind: cpu_seconds(lambda: STEPS[kind](models[kind], samples)) for kind in models]
-    )
+    ours, theirs = alternate([lambda kind=kind: cpu_seconds(lambda: STEPS[kind](models[kind], samples)) for kind in models])
     tree_tokens = len(pack(samples, adapters={}, scope="sequence"))
     row_tokens = sum(length(sample) - 1 for sample in samples)
     case = f"{name}: {tree_tokens} tree tokens for {row_tokens} in rows"

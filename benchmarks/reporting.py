@@ -93,9 +93,7 @@ def commit() -> str:
     """The commit that was measured, with "+changes" when the tree differs from it; "" outside a repository."""
     try:
         head = _git("rev-parse", "HEAD")
-        return head + (
-            "+changes" if _git("status", "--porcelain", "--", "mas_hpc", "kernels", "benchmarks/*.py") else ""
-        )
+        return head + ("+changes" if _git("status", "--porcelain", "--", "mas_hpc", "kernels", "benchmarks/*.py") else "")
     except (subprocess.CalledProcessError, FileNotFoundError):
         return ""
 
@@ -122,9 +120,7 @@ def report(name: str, rows: Sequence[Row], *, notes: Mapping[str, str]) -> Path:
 
 def table(name: str, rows: Sequence[Row]) -> Table:
     """The rows as they are printed."""
-    result = Table(
-        Column("case", overflow="fold"), "metric", "ours", "peer", "theirs", "ratio", "target", "holds", title=name
-    )
+    result = Table(Column("case", overflow="fold"), "metric", "ours", "peer", "theirs", "ratio", "target", "holds", title=name)
     for row in rows:
         numbers = [f"{number:.4g}" for number in (row.ours, row.theirs, row.ratio, row.target)]
         verdict = "yes" if row.holds else "NO"

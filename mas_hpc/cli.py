@@ -112,7 +112,9 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="Run folder, such as runs/quickstart", show_default=False)]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="Run folder, such as runs/quickstart", show_default=False)],
+) -> None:
     """Build, or build again, the HTML report of a run.
 
     Example: mas-hpc report runs/quickstart
@@ -188,7 +190,11 @@ def main() -> None:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
     except OSError as error:
-        typer.secho(f"error: {error.filename or 'file'}: {error.strerror}; what was written before is intact", fg="red", err=True)
+        typer.secho(
+            f"error: {error.filename or 'file'}: {error.strerror}; what was written before is intact",
+            fg="red",
+            err=True,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

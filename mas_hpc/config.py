@@ -136,7 +136,8 @@ class JsonlConfig(TaskSetConfig):
 
 
 DataConfig = Annotated[
-    RingConfig | AdditionConfig | ReasoningGymConfig | Gsm8kConfig | MathConfig | JsonlConfig, Field(discriminator="kind")
+    RingConfig | AdditionConfig | ReasoningGymConfig | Gsm8kConfig | MathConfig | JsonlConfig,
+    Field(discriminator="kind"),
 ]
 
 

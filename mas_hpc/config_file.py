@@ -65,8 +65,8 @@ def _tuples(value: Any) -> Any:
 
 
 def _explain(problem: Any) -> str:
-    variants = {"ring", "addition", "reasoning_gym", "gsm8k", "math", "jsonl", "sft", "at_grpo"}
-    path = [str(part) for part in problem["loc"] if str(part) not in variants]
+    kinds = {_kind(section) for field in RunConfig.model_fields.values() for section in _sections(field.annotation)}
+    path = [str(part) for part in problem["loc"] if part not in kinds]
     where = ".".join(path)
     if problem["type"] == "extra_forbidden":
         names = sorted(_fields_at(problem["loc"][:-1]))
@@ -82,16 +82,15 @@ def _explain(problem: Any) -> str:
 
 
 def _fields_at(location: Sequence[Any]) -> set[str]:
-    """Names of the keys that the section at `location` takes."""
-    names: dict[str, Any] = {"": RunConfig}
+    """Names of the keys that the section at `location` takes: field names, list indices and kinds lead to it."""
+    annotation: Any = RunConfig
     for part in location:
-        kind = next((c for c in _sections(names[""]) if _kind(c) == part), None)
-        if kind is not None:
-            names[""] = kind
-        elif not isinstance(part, int) and isinstance(names[""], type) and part in names[""].model_fields:
-            names[""] = names[""].model_fields[part].annotation
-    found = [c for c in _sections(names[""])]
-    return {field for section in found for field in section.model_fields}
+        sections = {_kind(section): section for section in _sections(annotation)}
+        if part in sections:
+            annotation = sections[part]
+        elif not isinstance(part, int):
+            annotation = annotation.model_fields[part].annotation
+    return {field for section in _sections(annotation) for field in section.model_fields}
 
 
 def _kind(section: type[Section]) -> Any:

@@ -23,7 +23,7 @@ from mas_hpc.orchestration.demonstrators import ReferenceDemonstrator, RingDemon
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
 from mas_hpc.orchestration.topology import Judged, Pipeline, Single
-from mas_hpc.run import Run, play_all, with_adapters
+from mas_hpc.run import Run, how_to_play, play_all, with_adapters
 from mas_hpc.training.checkpoint import save
 from mas_hpc.training.learner import Learner
 from mas_hpc.training.methods import loss_of
@@ -74,11 +74,11 @@ def fit_sft(run: Run, method: SFTConfig, phase: str) -> None:
             for sample in demonstrate(task, run.team, demonstrator, derive_seed(run.config.seed, phase, step, number))
         ]
 
-    bar, bar_task = run.progress("supervised fine-tuning", method.steps)
-    with bar:
+    progress, advance = run.progress("supervised fine-tuning", method.steps)
+    with progress:
         fit_offline(
             batch=batch, learner=build_learner(run, method), loss=loss_of(method),
-            log=_logger(run, phase, method.steps, lambda: bar.advance(bar_task)), steps=range(method.steps),
+            log=_logger(run, phase, method.steps, advance), steps=range(method.steps),
         )  # fmt: skip
 
 
@@ -94,7 +94,9 @@ def build_demonstrator(run: Run, method: SFTConfig) -> Demonstrator:
     data = run.config.data
     if isinstance(data, RingConfig):
         return RingDemonstrator(modulus=data.modulus, slip_rate=method.slip_rate, wrong_rate=method.wrong_rate)
-    return ReferenceDemonstrator(grade=grade, wrong_rate=method.wrong_rate, compact=isinstance(run.team.template, CompactTemplate))
+    return ReferenceDemonstrator(
+        grade=grade, wrong_rate=method.wrong_rate, compact=isinstance(run.team.template, CompactTemplate)
+    )
 
 
 def fit_at_grpo(run: Run, method: ATGRPOConfig) -> None:
@@ -118,7 +120,8 @@ def fit_at_grpo(run: Run, method: ATGRPOConfig) -> None:
     def collect_batch(step: int) -> list[Trace]:
         rng = Random(derive_seed(run.config.seed, "tasks", step))
         tasks = rng.sample(questions, k=min(method.tasks_per_step, len(questions)))
-        return play_all(run, tasks, sampling, seed=derive_seed(run.config.seed, "train", step), label="train", step=step, keep=False)
+        how = how_to_play(run, sampling, derive_seed(run.config.seed, "train", step))
+        return play_all(run, tasks, how, label="train", step=step, keep=False, bar=False)
 
     def credit(traces: Sequence[Trace]) -> tuple[list[Sample], int, Mapping[str, float]]:
         credited = at_grpo(traces, groups)
@@ -127,12 +130,12 @@ def fit_at_grpo(run: Run, method: ATGRPOConfig) -> None:
         accuracy = sum(trace.reward or 0.0 for trace in credited) / len(credited)
         return to_samples(credited), num_group_tokens(credited), {"accuracy": accuracy, **group_metrics(credited)}
 
-    bar, bar_task = run.progress("AT-GRPO", method.steps)
-    with bar:
+    progress, advance = run.progress("AT-GRPO", method.steps)
+    with progress:
         fit_online(
             collect=collect_batch, credit=credit, learner=build_learner(run, method), loss=loss_of(method),
             push=lambda version: run.engine.load(version=version), steps=range(method.steps),
-            log=_logger(run, "train", method.steps, lambda: bar.advance(bar_task)), updates_per_batch=method.updates_per_batch,
+            log=_logger(run, "train", method.steps, advance), updates_per_batch=method.updates_per_batch,
         )  # fmt: skip
 
 
@@ -157,11 +160,11 @@ def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
     tasks = run.test_tasks[: settings.num_tasks]
     rows: list[benchmark.Row] = []
     for temperature in settings.temperatures:
-        label = f"{phase}-T{temperature:g}"
         sampling = Sampling(temperature=temperature, top_p=run.config.rollout.top_p, top_k=run.config.rollout.top_k)
-        traces = play_all(run, tasks, sampling, seed=settings.seed, label=label, title=f"evaluate {phase}, T={temperature:g}")
+        traces = play_all(run, tasks, how_to_play(run, sampling, settings.seed), label=f"{phase}-T{temperature:g}")
         balance = planted_verdicts(run, tasks, sampling)
         team = benchmark.team_row(traces, phase=phase, temperature=temperature, verdicts=balance)
+        run.console.print(f"evaluate: {team.name}, T={temperature:g}: {team.accuracy:.1%}", highlight=False)
         rows.append(team)
         if len(run.team.agents) > 1:
             rows.append(benchmark.first_speaker_row(traces, phase=phase, temperature=temperature))
@@ -175,7 +178,7 @@ def planted_verdicts(run: Run, tasks: Sequence[Task], sampling: Sampling) -> dic
     method = run.config.warm_start or SFTConfig()
     demonstrator = build_demonstrator(run, method)
     seed = run.config.evaluation.seed
-    found = {}
+    found: dict[str, VerdictBalance] = {}
     for judge in (name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"):
         starts = [
             plant(task, run.team, demonstrator, judge, right=number % 2 == 0, seed=derive_seed(seed, "plant", number))
@@ -183,32 +186,33 @@ def planted_verdicts(run: Run, tasks: Sequence[Task], sampling: Sampling) -> dic
         ]
         if all(starts):
             team = replace(run.team, topology=Judged(topology=run.team.topology, judge=judge))
-            traces = play_all(run, tasks, sampling, seed=seed, label="planted", team=team, starts=starts, keep=False)
+            how = how_to_play(run, sampling, seed, team)
+            traces = play_all(run, tasks, how, label=f"{judge}-planted", starts=starts, keep=False)
             found |= {judge: benchmark.verdict_balance(traces)[judge]}
     return found
 
 
-def controls(run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row) -> list[benchmark.Row]:
+def controls(
+    run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row
+) -> list[benchmark.Row]:
     """Majority vote of the first answering agent, and its fresh tries judged by the first critic, at the team's tokens."""
     first = traces[0].path[0].agent
     critic = next((name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"), None)
-    seed = run.config.evaluation.seed
-    title = f"controls {team.phase}, T={team.temperature:g}"
     tokens = sum(len(trace.path[0].completion_ids) for trace in traces) / len(traces)
     votes = replace(sampling, group_size=benchmark.equal_budget(team.tokens_per_question, tokens))
     alone = replace(run.team, topology=Single(agent=first))
-    voted = play_all(run, tasks, votes, seed=seed, label=f"{team.phase}-vote", team=alone, keep=False, title=title)
+    voted = play_all(run, tasks, how_to_play(run, votes, run.config.evaluation.seed, alone), label="vote", keep=False)
     rows = [benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)]
     if critic is not None:
         tokens += sum(len(t.completion_ids) for trace in traces for t in trace.path if t.agent == critic) / len(traces)
         size = benchmark.equal_budget(team.tokens_per_question, tokens)
         judged = replace(run.team, topology=Pipeline(agents=(first, critic)))
-        made = best_of_n(run, tasks, sampling, judged, size, title)
+        made = best_of_n(run, tasks, sampling, judged, size)
         rows.append(benchmark.best_of_n_row(made, phase=team.phase, temperature=team.temperature))
     return rows
 
 
-def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, size: int, title: str) -> list[list[Trace]]:
+def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, size: int) -> list[list[Trace]]:
     """Fresh tries for every question until the critic accepts one or `size` are made."""
     made: list[list[Trace]] = [[] for _ in tasks]
     for number in range(size):
@@ -216,7 +220,8 @@ def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team,
         if not waiting:
             break
         seed = derive_seed(run.config.evaluation.seed, "try", number)
-        tries = play_all(run, [tasks[i] for i in waiting], sampling, seed=seed, label="best-of-n", team=judged, keep=False, title=title)
+        how = how_to_play(run, sampling, seed, judged)
+        tries = play_all(run, [tasks[i] for i in waiting], how, label="best-of-n", keep=False)
         for i, trace in zip(waiting, tries, strict=True):
             made[i].append(trace)
     return made
@@ -235,7 +240,7 @@ def rollout(run: Run) -> list[Trace]:
     settings = run.config.rollout
     sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
     tasks = run.test_tasks[: settings.num_tasks]
-    traces = play_all(run, tasks, sampling, seed=run.config.seed, label="rollout", title="rollout")
+    traces = play_all(run, tasks, how_to_play(run, sampling, run.config.seed), label="rollout")
     right = sum(trace.reward or 0.0 for trace in traces)
     failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)
     run.console.print(

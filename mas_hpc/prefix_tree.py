@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -46,16 +45,18 @@ def merge(paths: Sequence[Sequence[int]], adapters: Sequence[Sequence[int]] | No
     order = sorted(range(len(keys)), key=keys.__getitem__)
     path_index: list[IntArray] = [np.zeros(0, dtype=np.int64)] * len(keys)
     nodes: list[tuple[int, int, int, int]] = []  # token, adapter, position, parent
-    for previous, current in pairwise([None, *order]):
-        key, above = keys[current], keys[previous] if previous is not None else []
+    above: list[tuple[int, int]] = []
+    above_index = np.zeros(0, dtype=np.int64)
+    for current in order:
+        key = keys[current]
         shared = common_length(key, above)
-        index = np.arange(len(nodes) - shared, len(nodes) - shared + len(key), dtype=np.int64)
-        if previous is not None:
-            index[:shared] = path_index[previous][:shared]
+        start = len(nodes) - shared
+        index = np.concatenate([above_index[:shared], np.arange(start + shared, start + len(key), dtype=np.int64)])
         path_index[current] = index
         for position in range(shared, len(key)):
             parent = int(index[position - 1]) if position else -1
             nodes.append((*key[position], position, parent))
+        above, above_index = key, index
     columns = np.array(nodes, dtype=np.int64).reshape(-1, 4).T
     return PrefixTree(
         token_T=columns[0], adapter_T=columns[1], position_T=columns[2], parent_T=columns[3],

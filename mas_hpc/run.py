@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from mas_hpc.agents.agent import Agent
 from mas_hpc.agents.role import ROLES
-from mas_hpc.agents.template import ChatTemplate, CompactTemplate
+from mas_hpc.agents.template import ChatTemplate, CompactTemplate, Template
 from mas_hpc.config import AdapterConfig, ATGRPOConfig, RunConfig, TeamConfig
 from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
@@ -56,11 +56,19 @@ class Run:
         method = self.config.method
         return VerifiableJudge(break_penalty=method.break_penalty if isinstance(method, ATGRPOConfig) else 0.0)
 
-    def progress(self, title: str, total: int) -> tuple[Progress, Any]:
-        """A progress bar that only the first rank shows."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        bar = Progress(*columns, console=self.console, disable=not self.world.is_first, transient=True)
-        return bar, bar.add_task(title, total=total)
+    def progress(self, title: str, total: int, *, shown: bool = True) -> tuple[Progress, Callable[[], None]]:
+        """A progress bar of the first rank, and what advances it by one; not shown inside another."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        hidden = not (shown and self.world.is_first and self.console.is_terminal)
+        bar = Progress(*columns, console=self.console, disable=hidden, transient=True)
+        task = bar.add_task(title, total=total)
+        return bar, lambda: bar.advance(task)
 
 
 def build(config: RunConfig, world: World, console: Console) -> Run:
@@ -113,7 +121,7 @@ def write_config(config: RunConfig, folder: Path) -> None:
 
 def build_team(settings: TeamConfig, config: RunConfig, tokenizer: Any) -> Team:
     """Agents, topology and the dialect of the model."""
-    template = ChatTemplate(tokenizer) if tokenizer.chat_template else CompactTemplate(tokenizer)
+    template: Template = ChatTemplate(tokenizer) if tokenizer.chat_template else CompactTemplate(tokenizer)
     agents = {
         agent.name: Agent(
             name=agent.name, role=ROLES[agent.role], sees=agent.sees, prompt=agent.prompt,
@@ -139,7 +147,12 @@ def with_adapters(run: Run) -> Run:
     settings: AdapterConfig = run.config.adapters
     policies = list(dict.fromkeys(agent.policy for agent in run.team.agents.values()))
     bank = AdapterBank.install(
-        run.model, policies, rank=settings.rank, alpha=settings.alpha, target_modules=settings.target_modules, seed=run.config.seed
+        run.model,
+        policies,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        seed=run.config.seed,
     )
     for policy in policies if settings.path else []:
         bank.load(policy, Path(settings.path) / policy)
@@ -149,32 +162,38 @@ def with_adapters(run: Run) -> Run:
     return replace(run, bank=bank, engine=engine)
 
 
+def how_to_play(run: Run, sampling: Sampling, seed: int, team: Team | None = None) -> Play:
+    """Episodes of the run's team, or of a variation of it."""
+    return Play(team=team or run.team, sampling=sampling, judge=run.judge, seed=seed)
+
+
 def play_all(
-    run: Run, tasks: Sequence[Task], sampling: Sampling, *, seed: int, label: str, team: Team | None = None, step: int = 0,
-    keep: bool = True, title: str = "", starts: Sequence[Sequence[Turn]] = (),
+    run: Run, tasks: Sequence[Task], how: Play, *, label: str, step: int = 0, keep: bool = True, bar: bool = True,
+    starts: Sequence[Sequence[Turn]] = (),
 ) -> list[Trace]:  # fmt: skip
     """Play one episode a task, shared out over the ranks; every rank gets all traces, in the order of the tasks.
 
     With `keep`, each trace goes to this rank's file under traces/ as soon as it ends; without, only if interrupted.
     """
-    how = Play(team=team or run.team, sampling=sampling, judge=run.judge, seed=seed)
     turn = slice(run.world.rank, None, run.world.size)
     mine = tasks[turn]
     suffix = f".rank{run.world.rank}" if run.world.size > 1 else ""
     file = run.folder / "traces" / f"{label}{suffix}.jsonl"
     held: list[Trace] = []
-    bar, bar_task = run.progress(title, len(mine))
+    progress, advance = run.progress(label, len(mine), shown=bar)
 
     def on_trace(trace: Trace) -> None:
         held.append(trace)
-        bar.advance(bar_task)
+        advance()
         if keep:
             trace_store.write(file, [trace])
 
-    live = max(1, run.config.rollout.max_rows // sampling.group_size)
+    live = max(1, run.config.rollout.max_rows // how.sampling.group_size)
     try:
-        with bar if title else _Silent():
-            traces = collect(run.engine, mine, how, step=step, label=label, max_live=live, on_trace=on_trace, starts=starts[turn])
+        with progress:
+            traces = collect(
+                run.engine, mine, how, step=step, label=label, max_live=live, on_trace=on_trace, starts=starts[turn]
+            )
     except KeyboardInterrupt:
         if not keep:
             trace_store.write(file, held)
@@ -187,8 +206,3 @@ def play_all(
     for rank in range(run.world.size):
         ordered |= {number: next(gathered) for number in range(rank, len(tasks), run.world.size)}
     return [ordered[number] for number in range(len(tasks))]
-
-
-class _Silent:
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...

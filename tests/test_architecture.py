@@ -85,7 +85,9 @@ def test_the_environment_is_read_in_one_place() -> None:
         assert not reads or file == PACKAGE / "distributed" / "world.py", file
 
 
-@pytest.mark.parametrize("module", ["mas_hpc.config", "mas_hpc.types", "mas_hpc.plan", "mas_hpc.cli", "mas_hpc.credit_assignment.at_grpo"])
+@pytest.mark.parametrize(
+    "module", ["mas_hpc.config", "mas_hpc.types", "mas_hpc.plan", "mas_hpc.cli", "mas_hpc.credit_assignment.at_grpo"]
+)
 def test_light_modules_leave_torch_out(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

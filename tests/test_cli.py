@@ -136,7 +136,9 @@ def test_wrong_columns_and_empty_files_name_the_file(cli, tmp_path: Path) -> Non
     wrong.write_text('{"q": "1+1", "a": "2"}\n')
     empty.write_text("")
     for file, message in ((wrong, "question"), (empty, "empty")):
-        code, _, err = cli("rollout", str(ROOT / "configs" / "mas.yaml"), "model.path=tiny", "data.kind=jsonl", f"data.path={file}")
+        code, _, err = cli(
+            "rollout", str(ROOT / "configs" / "mas.yaml"), "model.path=tiny", "data.kind=jsonl", f"data.path={file}"
+        )
         assert code == 1 and file.name in err and message in err
 
 
@@ -144,7 +146,12 @@ def test_a_text_task_for_the_tiny_model_is_refused_with_the_remedy(cli, tmp_path
     file = tmp_path / "tasks.jsonl"
     file.write_text('{"question": "What is 1+1?", "answer": "2"}\n{"question": "What is 1+2?", "answer": "3"}\n')
     code, _, err = cli(
-        "rollout", str(ROOT / "configs" / "mas.yaml"), "model.path=tiny", "data.kind=jsonl", f"data.path={file}", "data.num_test=1"
+        "rollout",
+        str(ROOT / "configs" / "mas.yaml"),
+        "model.path=tiny",
+        "data.kind=jsonl",
+        f"data.path={file}",
+        "data.num_test=1",
     )
     assert code == 1 and "set model.path to a model with a chat template" in err
 
@@ -163,7 +170,17 @@ def test_prompts_longer_than_the_context_are_values_not_crashes(cli, tmp_path: P
 
 
 def test_two_ranks_take_the_same_first_step_as_one(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29765", "-m", "mas_hpc"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29765",
+        "-m",
+        "mas_hpc",
+    ]
     words = ("pipeline", QUICKSTART, *SMALL, f"runs_dir={tmp_path}")
     for name, launcher in (("one", command()), ("two", torchrun)):
         done = subprocess.run([*launcher, *words, f"name={name}"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -174,12 +191,24 @@ def test_two_ranks_take_the_same_first_step_as_one(tmp_path: Path) -> None:
         for key in ("loss", "grad_norm", "entropy", "tokens"):
             assert two[key] == pytest.approx(one[key], rel=1e-6, abs=1e-9), (phase, key)
     one, two = (list(trace_store.read(tmp_path / name / "traces" / "train.jsonl")) for name in ("one", "two"))
-    assert [[t.completion_ids for t in trace.turns] for trace in one[:4]] == [[t.completion_ids for t in trace.turns] for trace in two[:4]]
+    assert [[t.completion_ids for t in trace.turns] for trace in one[:4]] == [
+        [t.completion_ids for t in trace.turns] for trace in two[:4]
+    ]
     assert (tmp_path / "two" / "report.html").is_file()
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29766", "-m", "mas_hpc"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29766",
+        "-m",
+        "mas_hpc",
+    ]
     words = ("train", QUICKSTART, *SMALL, "method.tasks_per_step=3", f"runs_dir={tmp_path}")
     done = subprocess.run([*torchrun, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -210,7 +239,8 @@ def test_a_full_disk_is_one_message_and_earlier_lines_stay(tmp_path: Path) -> No
     code = (
         "import sys; from pathlib import Path; from mas_hpc import run; build = run.build\n"
         "def with_full_disk(*a):\n"
-        f"    built = build(*a); Path({str(traces)!r}).mkdir(); Path({str(traces)!r}, 'rollout.jsonl').symlink_to('/dev/full')\n"
+        f"    built = build(*a); traces = Path({str(traces)!r}); traces.mkdir()\n"
+        "    (traces / 'rollout.jsonl').symlink_to('/dev/full')\n"
         "    return built\n"
         "run.build = with_full_disk\n"
         f"from mas_hpc.cli import main; sys.argv = ['mas-hpc', *{list(words)!r}]; main()"

@@ -35,13 +35,22 @@ def test_on_is_not_a_boolean(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_names_the_nearest_valid_one(tmp_path: Path) -> None:
-    assert message(tmp_path, "method: {kind: at_grpo, group_sise: 4}") == "method.group_sise: unknown key; did you mean group_size?"
+    assert (
+        message(tmp_path, "method: {kind: at_grpo, group_sise: 4}")
+        == "method.group_sise: unknown key; did you mean group_size?"
+    )
     assert "expected one of ['alpha'" in message(tmp_path, "adapters: {zzzz: 4}")
 
 
 def test_all_problems_are_reported_together(tmp_path: Path) -> None:
-    text = message(tmp_path, "method: {kind: at_grpo, group_size: 1}\nmodel: {pth: x}\nteam: {agents: [{name: a, rol: critic}]}")
-    assert [line.split(":")[0] for line in text.splitlines()] == ["model.pth", "team.agents.0.rol", "method.group_size=1"]
+    text = message(
+        tmp_path, "method: {kind: at_grpo, group_size: 1}\nmodel: {pth: x}\nteam: {agents: [{name: a, rol: critic}]}"
+    )
+    assert [line.split(":")[0] for line in text.splitlines()] == [
+        "model.pth",
+        "team.agents.0.rol",
+        "method.group_size=1",
+    ]
 
 
 def test_a_group_of_one_is_refused(tmp_path: Path) -> None:
@@ -49,7 +58,9 @@ def test_a_group_of_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_overrides_reach_leaves_and_keep_their_type(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path, "data: {kind: gsm8k}"), ["data.path=a/b.jsonl", "evaluation.temperatures=[0.5]", "seed=3"])
+    config = load_config(
+        write(tmp_path, "data: {kind: gsm8k}"), ["data.path=a/b.jsonl", "evaluation.temperatures=[0.5]", "seed=3"]
+    )
     assert isinstance(config.data, Gsm8kConfig)
     assert (config.data.path, config.evaluation.temperatures, config.seed) == ("a/b.jsonl", (0.5,), 3)
 

@@ -93,7 +93,7 @@ class CompactTemplate:
     that what a two-layer model must look up stands at constant distances.
     """
 
-    stop_ids = ()
+    stop_ids: tuple[int, ...] = ()
 
     def __init__(self, tokenizer: Any) -> None:
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()

@@ -102,4 +102,8 @@ def _check(key: GroupKey, group: Sequence[Turn], trace: Trace, group_size: int) 
 
 def _completions_in_prompt(turn: Turn) -> list[tuple[int, ...]]:
     ends = [0, *accumulate(length for _, length in turn.prompt_spans)]
-    return [turn.prompt_ids[start:end] for (policy, _), (start, end) in zip(turn.prompt_spans, pairwise(ends), strict=True) if policy]
+    return [
+        turn.prompt_ids[start:end]
+        for (policy, _), (start, end) in zip(turn.prompt_spans, pairwise(ends), strict=True)
+        if policy
+    ]

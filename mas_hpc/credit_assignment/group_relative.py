@@ -25,6 +25,4 @@ def group_relative(rewards: Sequence[float], keys: Sequence[Hashable], *, normal
     mean = {key: fmean(group) for key, group in members.items()}
     scale = {key: stdev(group) + EPSILON if normalize == "std" else 1.0 for key, group in members.items()}
     flat = {key for key, group in members.items() if min(group) == max(group)}
-    return [
-        0.0 if key in flat else (reward - mean[key]) / scale[key] for reward, key in zip(rewards, keys, strict=True)
-    ]
+    return [0.0 if key in flat else (reward - mean[key]) / scale[key] for reward, key in zip(rewards, keys, strict=True)]

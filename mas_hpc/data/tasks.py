@@ -224,8 +224,7 @@ def _read_hub(config: FileConfig) -> dict[str, list[_Row]]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"data.path={config.path!r}: no such file or folder here, and as a data set of the hub: {reason}; "
-            "expected a folder with train.jsonl and test.jsonl, one jsonl file, or a hub name"
-            + _near_names(Path(config.path))
+            "expected a folder with train.jsonl and test.jsonl, one jsonl file, or a hub name" + _near_names(Path(config.path))
         ) from None
     chosen = [split for split in ("train", "test") if split in splits] or list(splits)[:1]
     return {

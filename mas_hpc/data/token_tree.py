@@ -140,13 +140,9 @@ def _trained(sample: Sample) -> IntArray:
     mask = sample.loss_mask or (True,) * len(sample.completion_ids)
     _check_length(sample, "loss_mask", len(mask))
     if sample.completion_ids and not any(mask):
-        raise DataError(
-            f"sample {sample.id}: loss_mask trains none of {len(mask)} completion tokens; leave the sample out"
-        )
+        raise DataError(f"sample {sample.id}: loss_mask trains none of {len(mask)} completion tokens; leave the sample out")
     if sample.completion_ids and not sample.prompt_ids:
-        raise DataError(
-            f"sample {sample.id}: empty prompt, so nothing predicts the first completion token; begin it with BOS"
-        )
+        raise DataError(f"sample {sample.id}: empty prompt, so nothing predicts the first completion token; begin it with BOS")
     return len(sample.prompt_ids) + np.flatnonzero(mask)
 
 

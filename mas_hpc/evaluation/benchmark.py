@@ -52,18 +52,26 @@ def team_row(traces: Sequence[Trace], *, phase: str, temperature: float, verdict
     """The team's own answers; `verdicts` is how its judges do on planted answers."""
     right = tuple(trace.reward == 1.0 for trace in traces)
     return Row(
-        name=f"team, {phase} training", phase=phase, temperature=temperature, right=right, tokens_per_question=tokens_per_question(traces),
+        name=f"team, {phase} training",
+        phase=phase,
+        temperature=temperature,
+        right=right,
+        tokens_per_question=tokens_per_question(traces),
         verdicts=verdicts,
-    )  # fmt: skip
+    )
 
 
 def first_speaker_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
     """The team's first agent alone: the first turns of the team's own traces."""
     first = [trace.path[0] for trace in traces]
     return Row(
-        name=f"{first[0].agent} alone, {phase}", phase="control", temperature=temperature, right=tuple(bool(turn.truth) for turn in first),
-        tokens_per_question=fmean(len(turn.completion_ids) for turn in first), verdicts={},
-    )  # fmt: skip
+        name=f"{first[0].agent} alone, {phase}",
+        phase="control",
+        temperature=temperature,
+        right=tuple(bool(turn.truth) for turn in first),
+        tokens_per_question=fmean(len(turn.completion_ids) for turn in first),
+        verdicts={},
+    )
 
 
 def vote_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:

@@ -117,9 +117,7 @@ def _same_formula(task_id: str, reference: str, given: str) -> bool:
 def _reasoning_gym(task: Task, answer: str) -> bool:
     """Full marks from the library's own scorer."""
     if not re.fullmatch(r"reasoning_gym/\w+/-?\d+/\d+/\d+", task.id):
-        raise DataError(
-            f"task {task.id}: expected an id reasoning_gym/<name>/<seed>/<size>/<index>, as data.tasks makes it"
-        )
+        raise DataError(f"task {task.id}: expected an id reasoning_gym/<name>/<seed>/<size>/<index>, as data.tasks makes it")
     if len(answer) > MAX_CHARS or _could_call(answer):
         return False
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -26,7 +25,7 @@ class Attend(Protocol):
 
 
 def _dispatch(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     *, scaling: float | None = None, attend: Attend, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

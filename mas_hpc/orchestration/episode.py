@@ -88,7 +88,9 @@ def play(
             siblings = [how.judge.score(task, how.team, state, turn) for turn in filled]
             if how.sampling.team_rollouts and how.sampling.group_size > 1:
                 siblings = yield from _value(task, how, turns, state, siblings)
-            siblings = [replace(turn, counterfactual=counterfactual, reward=_reward(turn, how.sampling.alpha)) for turn in siblings]
+            siblings = [
+                replace(turn, counterfactual=counterfactual, reward=_reward(turn, how.sampling.alpha)) for turn in siblings
+            ]
             chosen = choose(siblings, how.sampling.commit, siblings[0].seed)
             siblings[chosen] = replace(siblings[chosen], committed=not counterfactual)
             turns += siblings
@@ -115,7 +117,9 @@ def _ask(
             max_new_tokens=how.team.template.limit(task, agent), temperature=how.sampling.temperature, top_p=how.sampling.top_p,
             top_k=how.sampling.top_k, stop_ids=how.team.template.stop_ids,
         )  # fmt: skip
-        requests.append(Request(prompt_ids=prompt_ids, prompt_spans=prompt_spans, policy=agent.policy, seed=seed, sampling=sampling))
+        requests.append(
+            Request(prompt_ids=prompt_ids, prompt_spans=prompt_spans, policy=agent.policy, seed=seed, sampling=sampling)
+        )
     return drafts, requests
 
 

@@ -10,9 +10,7 @@ from mas_hpc.rollout.engine import Completion, Request, RolloutEngine, SamplingP
 from mas_hpc.types import Task, Turn
 
 
-def replay(
-    engine: RolloutEngine, task: Task, turns: Sequence[Turn], team: Team, sampling: Sampling
-) -> list[Completion]:
+def replay(engine: RolloutEngine, task: Task, turns: Sequence[Turn], team: Team, sampling: Sampling) -> list[Completion]:
     """Ask the engine for the same completions again: equal tokens show that the record is reproducible."""
     return engine.generate(
         [

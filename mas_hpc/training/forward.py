@@ -34,9 +34,7 @@ def forward(
     """
     weight_VD = head_weight(model)
     if bank is None and int(tree.adapter_T.max()) >= 0:
-        raise ConfigError(
-            "the samples name an adapter, but the model has no adapter bank: build one or pack with adapters={}"
-        )
+        raise ConfigError("the samples name an adapter, but the model has no adapter bank: build one or pack with adapters={}")
     attend = TreeAttention(tree.leave_T, device=tree.leave_T.device)
     with nullcontext() if bank is None else bank.route(tree.adapter_T):
         hidden_TD = hidden_states(model, tree.token_T, tree.position_T, attend)
@@ -47,9 +45,7 @@ def forward(
 def head_weight(model: PreTrainedModel) -> Tensor:
     """The LM head's matrix, [V, D]. Raises ConfigError when logits are more than hidden @ weight.T."""
     head = model.get_output_embeddings()
-    scales = {
-        name: getattr(model.config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    }
+    scales = {name: getattr(model.config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")}
     extra = [f"{name}={value}" for name, value in scales.items() if value not in (None, 1.0)]
     if getattr(head, "bias", None) is not None:
         extra.append("a bias")

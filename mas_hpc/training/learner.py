@@ -66,14 +66,12 @@ class Learner:
         adapters = self._bank.index if self._bank else {}
         for part in split(samples, max_tokens=self._max_tree_tokens, adapters=adapters, scope=self._scope):
             tree = pack(part, adapters=adapters, scope=self._scope).to(self._model.device)
-            logprob_N, entropy_N = forward(
-                self._model, tree, bank=self._bank, temperature=self._temperature, need_entropy=True
-            )
+            logprob_N, entropy_N = forward(self._model, tree, bank=self._bank, temperature=self._temperature, need_entropy=True)
             value, extra = loss(logprob_N, tree, num_tokens=num_tokens)
             value.backward()
             sums["loss"] += value.item()
             sums["tokens"] += len(logprob_N)
-            sums["entropy"] += entropy_N.sum().item()
+            sums["entropy"] += entropy_N.sum().item() if entropy_N is not None else 0.0
             for name, total in extra.items():
                 sums[name] += total.item()
         return sums
@@ -106,7 +104,9 @@ def share(samples: Sequence[Sample], rank: int, size: int) -> list[Sample]:
     trees: Mapping[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         trees[sample.tree].append(sample)
-    cost = {name: max(len(s.prompt_ids) for s in tree) + sum(len(s.completion_ids) for s in tree) for name, tree in trees.items()}
+    cost = {
+        name: max(len(s.prompt_ids) for s in tree) + sum(len(s.completion_ids) for s in tree) for name, tree in trees.items()
+    }
     load = [0] * size
     mine = []
     for name in sorted(cost, key=lambda name: (-cost[name], name)):

@@ -61,7 +61,10 @@ def test_a_cut_off_turn_is_closed_by_the_cue(chat_tokenizer: PreTrainedTokenizer
     template = ChatTemplate(chat_tokenizer)
     whole = template.write("It is 42.")
     cut = whole[:-1]
-    assert (*cut, *template.cue(TASK, agent("critic"), turn(cut))) == (*whole, *template.cue(TASK, agent("critic"), turn(whole)))
+    assert (*cut, *template.cue(TASK, agent("critic"), turn(cut))) == (
+        *whole,
+        *template.cue(TASK, agent("critic"), turn(whole)),
+    )
     assert template.stop_ids == (1,)
 
 
@@ -82,7 +85,7 @@ def test_the_compact_transcript_closes_the_ring_before_a_verdict() -> None:
     assert template.read(agent("critic"), "==!=") == (None, None)
     with pytest.raises(DataError, match=r"characters \['x'\]"):
         template.write("x")
-    with pytest.raises(DataError, match="data.kind ring and addition"):
+    with pytest.raises(DataError, match=r"data\.kind ring and addition"):
         template.opening(Task(id="w", question="text", answer="1"), agent("solver"))
 
 

@@ -15,10 +15,21 @@ SETTINGS = GroupSettings(group_size=2, normalize="mean", agent_weights={})
 
 def turn(name: str, index: int, sibling: int, reward: float | None, **fields) -> Turn:
     base = Turn(
-        id=f"{index}-{name}-{sibling}", parent="0-solver-0" if index else None, task_id="q", agent=name, policy="shared", index=index,
-        sibling=sibling, prompt_ids=(1, 2) if not index else (1, 2, 10, 3), completion_ids=(10 + sibling,), behavior_logprobs=(-1.0,),
-        prompt_spans=(("", 2),) if not index else (("", 2), ("shared", 1), ("", 1)), text="", finish="stop", reward=reward,
-    )  # fmt: skip
+        id=f"{index}-{name}-{sibling}",
+        parent="0-solver-0" if index else None,
+        task_id="q",
+        agent=name,
+        policy="shared",
+        index=index,
+        sibling=sibling,
+        prompt_ids=(1, 2) if not index else (1, 2, 10, 3),
+        completion_ids=(10 + sibling,),
+        behavior_logprobs=(-1.0,),
+        prompt_spans=(("", 2),) if not index else (("", 2), ("shared", 1), ("", 1)),
+        text="",
+        finish="stop",
+        reward=reward,
+    )
     return replace(base, **fields)
 
 

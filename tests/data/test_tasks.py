@@ -62,9 +62,7 @@ def test_addition_writes_the_last_digit_first_and_keeps_commuted_pairs_together(
 
 
 def test_too_many_questions_for_a_generator_names_how_many_exist():
-    with pytest.raises(
-        ConfigError, match=r"num_train=2000, data.num_test=500: 2500 .* only 512 exist with 5 digits modulo 4"
-    ):
+    with pytest.raises(ConfigError, match=r"num_train=2000, data.num_test=500: 2500 .* only 512 exist with 5 digits modulo 4"):
         load_tasks(RingConfig(num_digits=5, modulus=4, num_train=2000, num_test=500))
     with pytest.raises(ConfigError, match="only 55 exist"):
         load_tasks(AdditionConfig(num_digits=1))

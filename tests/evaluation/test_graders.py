@@ -69,9 +69,7 @@ def test_formulas_are_judged_in_any_thread():
 
 
 def test_no_answer_is_wrong_for_every_grader():
-    assert not any(
-        grade(Task(id="t", question="q", answer="1", grader=name), None) for name in ("math", "exact", "ring")
-    )
+    assert not any(grade(Task(id="t", question="q", answer="1", grader=name), None) for name in ("math", "exact", "ring"))
 
 
 def test_exact_compares_trimmed_text():

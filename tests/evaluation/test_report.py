@@ -63,9 +63,7 @@ def run(tmp_path):
     folder = tmp_path / "runs" / "demo"
     trace_store.write(folder / "traces" / "train.jsonl", [trace(step=3)])
     (folder / "config.yaml").write_text(f"name: demo\nnote: '{HOSTILE[:-1]}'\n")
-    (folder / "results.json").write_text(
-        json.dumps({"rows": [ROW], "paired": [PAIRED]})
-    )
+    (folder / "results.json").write_text(json.dumps({"rows": [ROW], "paired": [PAIRED]}))
     lines = [
         {"phase": "train", "step": step, "loss": 0.5, f"reward/{HOSTILE}": 0.1, "odd": None if step else 1e300}
         for step in range(50)
@@ -205,9 +203,7 @@ def test_the_winner_is_named_only_when_it_is_clear(accuracies, words):
 
 def test_an_unclear_gain_is_called_unclear():
     paired = Paired(temperature=0, difference=0.02, low=-0.03, high=0.07, p_value=0.5, wins=9, losses=7)
-    assert sentences(Results(paired=(paired,)))[0].startswith(
-        "Greedy, training makes no clear difference to the team's"
-    )
+    assert sentences(Results(paired=(paired,)))[0].startswith("Greedy, training makes no clear difference to the team's")
 
 
 def test_metrics_of_one_kind_share_a_chart_and_an_agent_keeps_its_colour():
@@ -232,9 +228,7 @@ def test_a_chart_puts_values_where_they_belong():
     assert 'cx="352.0" cy="88.0"' in svg
 
 
-@pytest.mark.parametrize(
-    "points", [(), ((7, 3.0),), ((0, float("nan")),), ((0, 2.0), (1, 2.0)), ((0, 0.0), (9, -1e300))]
-)
+@pytest.mark.parametrize("points", [(), ((7, 3.0),), ((0, float("nan")),), ((0, 2.0), (1, 2.0)), ((0, 0.0), (9, -1e300))])
 def test_a_chart_of_awkward_values_is_drawn(points):
     assert "nan" not in draw(Panel(title="x", share=False, series=(Series(name="a", colour=0, points=points),)))
 

@@ -43,9 +43,7 @@ def test_values_entropy_and_gradients_equal_torch_for_every_chunk_size(frozen, t
     hidden_ND, weight_VD, target_N = problem()
     weight_VD.requires_grad_(not frozen)
     inputs = (hidden_ND,) if frozen else (hidden_ND, weight_VD)
-    logprob_N, entropy_N = linear_logprob(
-        hidden_ND, weight_VD, target_N, temperature=temperature, chunk_rows=chunk_rows
-    )
+    logprob_N, entropy_N = linear_logprob(hidden_ND, weight_VD, target_N, temperature=temperature, chunk_rows=chunk_rows)
     expected_N, expected_entropy_N = torch_logprob(hidden_ND, weight_VD, target_N, temperature)
     torch.testing.assert_close(logprob_N, expected_N, rtol=0, atol=1e-12)
     torch.testing.assert_close(entropy_N, expected_entropy_N, rtol=0, atol=1e-12)

@@ -241,9 +241,7 @@ def test_an_export_that_cannot_be_written_says_so(tmp_path: Path):
 
 def test_unknown_target_modules_are_refused_with_the_available_names():
     for target in ("c_attn", "lm_head", "embed_tokens"):
-        with pytest.raises(
-            ConfigError, match=rf"\['{target}'\] are no linear layers.*'down_proj', 'gate_proj', 'k_proj'"
-        ):
+        with pytest.raises(ConfigError, match=rf"\['{target}'\] are no linear layers.*'down_proj', 'gate_proj', 'k_proj'"):
             AdapterBank.install(llama(), POLICIES, rank=1, alpha=1.0, target_modules=("q_proj", target), seed=0)
     with pytest.raises(ConfigError, match="expected at least one of"):
         AdapterBank.install(llama(), POLICIES, rank=1, alpha=1.0, target_modules=(), seed=0)

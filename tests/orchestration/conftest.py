@@ -23,9 +23,7 @@ def tokenizer():
 
 @pytest.fixture
 def team(tokenizer) -> Team:
-    agents = {
-        name: Agent(name=name, role=ROLES[name], policy=name, sees="transcript", max_new_tokens=16) for name in NAMES
-    }
+    agents = {name: Agent(name=name, role=ROLES[name], policy=name, sees="transcript", max_new_tokens=16) for name in NAMES}
     return Team(agents=agents, topology=Pipeline(agents=NAMES, num_looped=2, max_rounds=2), template=CompactTemplate(tokenizer))
 
 

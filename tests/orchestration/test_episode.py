@@ -135,7 +135,9 @@ def test_episodes_are_refilled_as_they_end(team: Team, task: Task, tokenizer) ->
     tasks = [Task(id=f"q{i}", question="modulo 4", answer="012", compact="132", grader="ring") for i in range(5)]
     ended: list[str] = []
     how = Play(team=team, sampling=Sampling(temperature=1.0), judge=VerifiableJudge(), seed=0)
-    traces = collect(ScriptedEngine(lookup, tokenizer), tasks, how, max_live=2, on_trace=lambda trace: ended.append(trace.task.id))
+    traces = collect(
+        ScriptedEngine(lookup, tokenizer), tasks, how, max_live=2, on_trace=lambda trace: ended.append(trace.task.id)
+    )
     assert [trace.task.id for trace in traces] == [task.id for task in tasks]
     assert ended == ["q0", "q1", "q2", "q3", "q4"]
 
@@ -162,10 +164,21 @@ def test_a_trace_replays_from_its_own_prompts_and_seeds(team: Team, task: Task, 
 def test_pipelines_without_a_loop_end_after_the_last_agent() -> None:
     spoken = [
         Turn(
-            id=str(i), parent=None, task_id="q", agent="a", policy="p", index=i, prompt_ids=(), prompt_spans=(), completion_ids=(),
-            behavior_logprobs=(), text="", finish="stop", verdict=False,
+            id=str(i),
+            parent=None,
+            task_id="q",
+            agent="a",
+            policy="p",
+            index=i,
+            prompt_ids=(),
+            prompt_spans=(),
+            completion_ids=(),
+            behavior_logprobs=(),
+            text="",
+            finish="stop",
+            verdict=False,
         )
         for i in range(2)
-    ]  # fmt: skip
+    ]
     assert Pipeline(agents=("a", "b")).next_speakers(spoken[:1]) == ("b",)
     assert Pipeline(agents=("a", "b")).next_speakers(spoken) == ()

@@ -20,9 +20,7 @@ def engine(request, tokenizer) -> RolloutEngine:
 def requests(**sampling) -> list[Request]:
     params = SamplingParams(max_new_tokens=6, stop_ids=(0,), **sampling)
     spans = (("", 2),)
-    return [
-        Request(prompt_ids=(1, i), prompt_spans=spans, policy="shared", seed=i, sampling=params) for i in range(1, 9)
-    ]
+    return [Request(prompt_ids=(1, i), prompt_spans=spans, policy="shared", seed=i, sampling=params) for i in range(1, 9)]
 
 
 def test_one_completion_a_request_in_order(engine):

@@ -194,9 +194,7 @@ def with_adapters(seed=0) -> tuple[PreTrainedModel, AdapterBank, dict[str, PreTr
         for name, tensor in tensors.items():
             if "lora_A" in name:
                 delta = tensors[name.replace("lora_A", "lora_B")] @ tensor * (4.0 / 2)
-                plain.get_submodule(
-                    name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                ).weight.data += delta
+                plain.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")).weight.data += delta
     return prepare(model), bank, merged
 
 
@@ -222,22 +220,16 @@ def test_speaker_scope_adapts_each_token_by_who_wrote_it_and_shares_prompts_betw
         assert completion.logprobs == pytest.approx(_routed_logprobs(model, bank, request, completion), abs=EXACT)
 
 
-def _routed_logprobs(
-    model: PreTrainedModel, bank: AdapterBank, request: Request, completion: Completion
-) -> list[float]:
+def _routed_logprobs(model: PreTrainedModel, bank: AdapterBank, request: Request, completion: Completion) -> list[float]:
     """One forward over the whole row with plain causal attention, each token routed by hand."""
-    names = [
-        name
-        for name, count in (*request.prompt_spans, (request.policy, len(completion.token_ids)))
-        for _ in range(count)
-    ]
+    names = [name for name, count in (*request.prompt_spans, (request.policy, len(completion.token_ids))) for _ in range(count)]
     ids = torch.tensor([*request.prompt_ids, *completion.token_ids])
 
     def causal(layer, query, key, value, scaling):
         options = {"is_causal": True, "scale": scaling, "enable_gqa": True}
-        return torch.nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], **options)[
-            0
-        ].transpose(0, 1)
+        return torch.nn.functional.scaled_dot_product_attention(query[None], key[None], value[None], **options)[0].transpose(
+            0, 1
+        )
 
     with torch.no_grad(), bank.route(torch.tensor([bank.index.get(name, -1) for name in names])):
         logits = model(ids[None], attend=causal, use_cache=False).logits[0, len(request.prompt_ids) - 1 : -1]

@@ -45,9 +45,7 @@ def test_top_p_applies_to_what_top_k_left():
 
 
 def test_rows_of_a_batch_keep_their_own_parameters():
-    rows = [
-        SamplingParams(max_new_tokens=1, temperature=t, top_k=k) for t, k in ((0.0, 0), (0.5, 0), (1.0, 2), (1.0, 0))
-    ]
+    rows = [SamplingParams(max_new_tokens=1, temperature=t, top_k=k) for t, k in ((0.0, 0), (0.5, 0), (1.0, 2), (1.0, 0))]
     logits = LOGITS.repeat(4, 1)
     tokens, logprobs = sample(logits, columns(rows, logits.device, 3), [0.9] * 4)
     alone = [draw(LOGITS, 0.9, temperature=row.temperature, top_k=row.top_k) for row in rows]

@@ -160,9 +160,7 @@ def test_gradients_survive_recomputation_of_activations():
 
 def test_entropy_is_that_of_the_predicting_distribution():
     model = prepare(build("llama"))
-    sample = Sample(
-        id="s", tree="q", agent="a", policy="p", prompt_ids=(1, 2), prompt_spans=(("", 2),), completion_ids=(3, 4)
-    )
+    sample = Sample(id="s", tree="q", agent="a", policy="p", prompt_ids=(1, 2), prompt_spans=(("", 2),), completion_ids=(3, 4))
     _, entropy_N = forward(model, pack([sample], adapters={}, scope="sequence"), need_entropy=True)
     model.set_attn_implementation("sdpa")
     probs = model(torch.tensor([[1, 2, 3]])).logits[0, 1:].softmax(-1)

@@ -37,9 +37,14 @@ def norms_stay_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=19, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True,
+        vocab_size=19,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     return prepare(LlamaForCausalLM(config).double().eval())
 
 
@@ -64,7 +69,9 @@ def samples(num_trees: int = 6) -> list[Sample]:
     return found
 
 
-def learner(base: LlamaForCausalLM, bank: AdapterBank | None = None, *, max_tree_tokens: int = 10_000, method=METHOD) -> Learner:
+def learner(
+    base: LlamaForCausalLM, bank: AdapterBank | None = None, *, max_tree_tokens: int = 10_000, method=METHOD
+) -> Learner:
     return Learner(base, bank, DataParallel(World()), method, scope="sequence", max_tree_tokens=max_tree_tokens)
 
 
@@ -78,7 +85,9 @@ def test_g5_loss_and_gradients_do_not_depend_on_the_micro_batches(method) -> Non
     results = []
     for budget in (10_000, 40, 1):
         base = model()
-        metrics = learner(base, max_tree_tokens=budget, method=method).update(batch, loss_of(method), num_tokens=num_trained_tokens(batch))
+        metrics = learner(base, max_tree_tokens=budget, method=method).update(
+            batch, loss_of(method), num_tokens=num_trained_tokens(batch)
+        )
         results.append((metrics["loss"], metrics["entropy"], gradients(base)))
     for loss, entropy, grads in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-12)

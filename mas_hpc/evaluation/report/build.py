@@ -34,9 +34,7 @@ def build_report(folder: Path) -> Path:
     try:
         target.write_text(render(run), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise DataError(
-            f"{target}: cannot be written: {error.strerror}; expected a writable folder and space"
-        ) from None
+        raise DataError(f"{target}: cannot be written: {error.strerror}; expected a writable folder and space") from None
     return target
 
 

@@ -123,9 +123,7 @@ def _results(file: Path) -> Results:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise DataError(
-            f"{file}: {where}: {problem['msg']}; expected what an evaluation writes: run it again"
-        ) from None
+        raise DataError(f"{file}: {where}: {problem['msg']}; expected what an evaluation writes: run it again") from None
 
 
 def _metrics(file: Path) -> Iterator[MetricLine]:

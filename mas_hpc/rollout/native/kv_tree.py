@@ -109,8 +109,7 @@ class DecodeAttention:
         if bias_B1W is not None:
             scores_KBQW += bias_B1W
         parts = [
-            _attend_context(b, layer, query_KBQD[:, b.start : b.stop], scores_KBQW[:, b.start : b.stop])
-            for b in self.buckets
+            _attend_context(b, layer, query_KBQD[:, b.start : b.stop], scores_KBQW[:, b.start : b.stop]) for b in self.buckets
         ]
         context_KBQD, weight_KBQW = parts[0] if len(parts) == 1 else (torch.cat(p, 1) for p in zip(*parts, strict=True))
         return (context_KBQD + weight_KBQW @ value_KBWD).transpose(0, 1).flatten(1, 2)

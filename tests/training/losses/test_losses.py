@@ -13,7 +13,13 @@ from mas_hpc.training.losses.sft import nll_loss
 
 @pytest.mark.parametrize(
     ("advantage", "ratio", "loss", "moves"),
-    [(1.0, 1.5, -1.2, False), (-1.0, 0.5, 0.8, False), (-1.0, 5.0, 5.0, True), (1.0, 1.1, -1.1, True), (1.0, 0.5, -0.5, True)],
+    [
+        (1.0, 1.5, -1.2, False),
+        (-1.0, 0.5, 0.8, False),
+        (-1.0, 5.0, 5.0, True),
+        (1.0, 1.1, -1.1, True),
+        (1.0, 0.5, -0.5, True),
+    ],
 )
 def test_g28_clip(advantage: float, ratio: float, loss: float, moves: bool) -> None:
     logprob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
@@ -37,7 +43,9 @@ def test_g14_on_policy_the_ratio_is_one_and_the_gradient_is_the_advantage() -> N
 
 def test_an_extreme_ratio_keeps_the_gradient_finite() -> None:
     logprob = torch.tensor([0.0], requires_grad=True)
-    value, _ = clipped_policy_loss(logprob, torch.tensor([-1e4]), torch.tensor([1.0]), num_tokens=1, clip_low=0.2, clip_high=0.2)
+    value, _ = clipped_policy_loss(
+        logprob, torch.tensor([-1e4]), torch.tensor([1.0]), num_tokens=1, clip_low=0.2, clip_high=0.2
+    )
     value.backward()
     assert math.isfinite(value.item()) and math.isfinite(logprob.grad.item())
 
