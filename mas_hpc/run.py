@@ -128,7 +128,7 @@ def build_team(settings: TeamConfig, config: RunConfig, tokenizer: Any) -> Team:
             policy=agent.name if config.adapters.policies == "per_agent" else "shared",
             max_new_tokens=agent.max_new_tokens or config.rollout.max_new_tokens,
         )
-        for agent in settings.agents
+        for agent in (settings.agents[:1] if settings.topology == "single" else settings.agents)
     }  # fmt: skip
     return Team(agents=agents, topology=build_topology(settings), template=template)
 
