@@ -168,6 +168,8 @@ class TeamConfig(Section):
         AgentConfig(name="verifier", role="verifier"),
     )
     """The team, in speaking order."""
+    stop_when_accepted: bool = False
+    """End the episode as soon as a critic or verifier accepts the answer; otherwise every agent speaks."""
     max_revisions: Positive = 1
     """Times the reviser may speak: while the verifier rejects, both go again."""
 

@@ -195,7 +195,7 @@ def planted_verdicts(run: Run, tasks: Sequence[Task], sampling: Sampling) -> dic
 def controls(
     run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row
 ) -> list[benchmark.Row]:
-    """Majority vote of the first answering agent, and its fresh tries judged by the first critic, at the team's tokens."""
+    """Majority vote of the first agent, and its fresh tries judged by the first critic, at the team's tokens or more."""
     first = traces[0].path[0].agent
     critic = next((name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"), None)
     tokens = sum(len(trace.path[0].completion_ids) for trace in traces) / len(traces)
@@ -204,26 +204,25 @@ def controls(
     voted = play_all(run, tasks, how_to_play(run, votes, run.config.evaluation.seed, alone), label="vote", keep=False)
     rows = [benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)]
     if critic is not None:
-        tokens += sum(len(t.completion_ids) for trace in traces for t in trace.path if t.agent == critic) / len(traces)
-        size = benchmark.equal_budget(team.tokens_per_question, tokens)
         judged = replace(run.team, topology=Pipeline(agents=(first, critic)))
-        made = best_of_n(run, tasks, sampling, judged, size)
+        made = best_of_n(run, tasks, sampling, judged, team.tokens_per_question)
         rows.append(benchmark.best_of_n_row(made, phase=team.phase, temperature=team.temperature))
     return rows
 
 
-def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, size: int) -> list[list[Trace]]:
-    """Fresh tries for every question until the critic accepts one or `size` are made."""
+def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, budget: float) -> list[list[Trace]]:
+    """Fresh tries until the critic accepts one; another round while the mean tokens a question are below `budget`."""
     made: list[list[Trace]] = [[] for _ in tasks]
-    for number in range(size):
-        waiting = [i for i, tries in enumerate(made) if not tries or tries[-1].path[-1].verdict is not True]
-        if not waiting:
-            break
-        seed = derive_seed(run.config.evaluation.seed, "try", number)
+    waiting = list(range(len(tasks)))
+    while waiting and sum(trace.num_completion_tokens for tries in made for trace in tries) < budget * len(tasks):
+        seed = derive_seed(run.config.evaluation.seed, "try", len(made[waiting[0]]))
         how = how_to_play(run, sampling, seed, judged)
         tries = play_all(run, [tasks[i] for i in waiting], how, label="best-of-n", keep=False)
         for i, trace in zip(waiting, tries, strict=True):
             made[i].append(trace)
+        if not any(trace.num_completion_tokens for trace in tries):
+            break  # every try failed: no round after it would spend a token either
+        waiting = [i for i in waiting if made[i][-1].path[-1].verdict is not True]
     return made
 
 

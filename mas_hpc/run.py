@@ -139,7 +139,12 @@ def build_topology(settings: TeamConfig) -> Topology:
     if settings.topology == "single":
         return Single(agent=names[0])
     loops = [agent.role for agent in settings.agents[-2:]] == ["reviser", "verifier"]
-    return Pipeline(agents=names, num_looped=2 if loops else 0, max_rounds=settings.max_revisions)
+    return Pipeline(
+        agents=names,
+        stop_when_accepted=settings.stop_when_accepted,
+        num_looped=2 if loops else 0,
+        max_rounds=settings.max_revisions,
+    )
 
 
 def with_adapters(run: Run) -> Run:

@@ -60,15 +60,18 @@ def demonstrate(task: Task, team: Team, demonstrator: Demonstrator, seed: int) -
 
 
 def plant(task: Task, team: Team, demonstrator: Demonstrator, judge: str, *, right: bool, seed: int) -> tuple[Turn, ...]:
-    """The turns before agent `judge` speaks for the first time, the last of which gives a right or a wrong answer.
+    """The turns before agent `judge` first speaks: wrong answers that are truly judged, then a right or a wrong one.
 
     Empty when `judge` does not speak directly after an answer.
     """
     rng = Random(seed)
     path: list[Turn] = []
-    while (name := team.topology.next_speakers(path)[0]) != judge:
-        path.append(write_turn(task, team, name, path, demonstrator(task, team.agents[name], tuple(path), rng).text))
-    if not path or team.agents[path[-1].agent].role.produces != "answer":
+    while (speakers := team.topology.next_speakers(path)) and speakers[0] != judge:
+        agent = team.agents[speakers[0]]
+        answers = agent.role.produces == "answer"
+        text = demonstrator.answer(task, rng, right=False) if answers else demonstrator(task, agent, tuple(path), rng).text
+        path.append(write_turn(task, team, agent.name, path, text))
+    if not speakers or not path or path[-1].answer is None:
         return ()
     *earlier, last = path
     return (*earlier, write_turn(task, team, last.agent, earlier, demonstrator.answer(task, rng, right=right)))

@@ -54,12 +54,16 @@ class Pipeline:
     """
 
     agents: tuple[str, ...]
+    stop_when_accepted: bool = False
+    """End as soon as any verdict accepts."""
     num_looped: int = 0
     max_rounds: int = 1
     """How often the looped agents may speak in all."""
 
     def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
         """The next agent in order; after the last, the loop's first unless the last verdict accepts."""
+        if self.stop_when_accepted and path and path[-1].verdict is True:
+            return ()
         if len(path) < len(self.agents):
             return (self.agents[len(path)],)
         if not self.num_looped:
