@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mas_hpc.config import ATGRPOConfig, RunConfig
@@ -55,28 +56,39 @@ def plan(config: RunConfig) -> list[tuple[str, str]]:
 
 def print_knobs() -> None:
     """Every knob with type, default and meaning."""
-    table = Table("key", "type", "default", "meaning", title="configuration reference", title_justify="left")
-    for row in knobs():
-        table.add_row(*row)
-    Console().print(table)
+    console = Console(highlight=False)
+    for key, kind, default, meaning in knobs():
+        console.print(f"[bold]{escape(key)}[/bold]  {escape(kind)}, default {escape(default)}", soft_wrap=True)
+        console.print(f"    {escape(meaning)}", soft_wrap=True)
 
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
-    """Accuracy with its 95% interval, tokens and verdict balance of every row; then the gain and who wins."""
+    """Accuracy with its 95% interval and tokens of every row, verdict balance; then the gain and who wins."""
     from mas_hpc.evaluation.report.headline import sentences
     from mas_hpc.evaluation.report.run_folder import Results
 
-    table = Table(title="held-out questions", title_justify="left")
-    for column in ("system", "T", "accuracy", "95% interval", "tokens", "balanced verdicts (planted)"):
-        table.add_column(column, justify="left" if column == "system" else "right")
+    table = Table("system", title="held-out questions", title_justify="left")
+    for column in ("T", "accuracy", "95% interval", "tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in results["rows"]:
-        balance = {agent: verdict["balanced_accuracy"] for agent, verdict in row["verdicts"].items()}
         table.add_row(
             row["name"], f"{row['temperature']:g}", f"{row['accuracy']:.1%}", f"{row['low']:.1%} - {row['high']:.1%}",
-            f"{row['tokens_per_question']:.1f}",
-            "  ".join(f"{agent} {value:.3f}" for agent, value in balance.items() if value is not None),
-            style="bold" if row["phase"] == "after" else "",
+            f"{row['tokens_per_question']:.1f}", style="bold" if row["phase"] == "after" else "",
         )  # fmt: skip
     console.print(table)
+    if any(row["verdicts"] for row in results["rows"]):
+        console.print(_verdict_table(results))
     for sentence in sentences(Results.model_validate(results)):
         console.print(sentence, highlight=False)
+
+
+def _verdict_table(results: Mapping[str, Any]) -> Table:
+    columns = ("balanced_accuracy", "recall_right", "recall_wrong")
+    table = Table("system", "T", "judge", title="verdicts on planted answers, every other one wrong", title_justify="left")
+    for column in ("balanced", "right", "wrong", "unreadable"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in results["rows"]:
+        for agent, verdict in row["verdicts"].items():
+            numbers = ("-" if verdict[name] is None else f"{verdict[name]:.3f}" for name in columns)
+            table.add_row(row["name"], f"{row['temperature']:g}", agent, *numbers, str(verdict["unreadable"]))
+    return table
