@@ -235,7 +235,7 @@ class ATGRPOConfig(Optimization):
     kind: Literal["at_grpo"] = "at_grpo"
     """Name of the variant."""
     steps: Count = 100
-    """Optimizer steps."""
+    """Batches of rollouts."""
     learning_rate: PositiveFloat = 4e-4
     """Peak learning rate."""
     tasks_per_step: Positive = 16
@@ -324,4 +324,16 @@ class RunConfig(Section):
                 raise ValueError(f"method.agent_weights: no agent {unknown}; expected names among {names}")
         if isinstance(self.data, RingConfig) and (self.data.num_digits % 2 == 0 or self.data.modulus % 2):
             raise ValueError("data.num_digits must be odd and data.modulus even: otherwise every first digit, or none, works")
+        return self
+
+    @model_validator(mode="after")
+    def _no_idle_knobs(self) -> RunConfig:
+        if self.adapters.path and self.adapters.policies == "shared":
+            raise ValueError(f"adapters.path={self.adapters.path!r}: no adapter is loaded; set adapters.policies=per_agent")
+        roles = [agent.role for agent in self.team.agents[-2:]]
+        if self.team.max_revisions > 1 and (self.team.topology == "single" or roles != ["reviser", "verifier"]):
+            raise ValueError(
+                f"team.max_revisions={self.team.max_revisions}: only a pipeline that ends in a reviser and a verifier "
+                f"revises again; team.topology is {self.team.topology}, the last roles are {roles}"
+            )
         return self

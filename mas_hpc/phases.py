@@ -46,6 +46,7 @@ def build_learner(run: Run, method: SFTConfig | ATGRPOConfig) -> Learner:
         run.model, run.bank, DataParallel(run.world), method, scope=run.config.adapters.scope,
         max_tree_tokens=run.config.model.max_tree_tokens,
         temperature=run.config.rollout.temperature if isinstance(method, ATGRPOConfig) else 1.0,
+        updates_per_batch=method.updates_per_batch if isinstance(method, ATGRPOConfig) else 1,
     )  # fmt: skip
 
 
@@ -57,7 +58,11 @@ def train(run: Run) -> None:
     else:
         fit_at_grpo(run, method)
     if run.world.is_first:
-        save(run.folder, run.model, run.tokenizer, run.bank, base_model=run.config.model.path)
+        warm_start = run.config.warm_start
+        save(
+            run.folder, run.model, run.tokenizer, run.bank, base_model=run.config.model.path,
+            base_trained=warm_start is not None and warm_start.steps > 0,
+        )  # fmt: skip
 
 
 def fit_sft(run: Run, method: SFTConfig, phase: str) -> None:

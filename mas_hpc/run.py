@@ -20,7 +20,7 @@ from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import ConfigError
+from mas_hpc.errors import ConfigError, MasHpcError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.load import load_model
@@ -107,10 +107,17 @@ def claim_folder(wanted: Path, world: World) -> Path:
     chosen = ""
     if world.is_first:
         candidates = (wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000)))
-        folder = next(folder for folder in candidates if not folder.exists())
-        folder.mkdir(parents=True)
-        chosen = str(folder)
+        chosen = str(next(folder for folder in candidates if _make(folder)))
     return Path(gather_lines(world, [chosen] if chosen else [])[0])
+
+
+def _make(folder: Path) -> bool:
+    """Whether this process made the folder: of several that start at once, one does."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
@@ -178,7 +185,8 @@ def play_all(
 ) -> list[Trace]:  # fmt: skip
     """Play one episode a task, shared out over the ranks; every rank gets all traces, in the order of the tasks.
 
-    With `keep`, each trace goes to this rank's file under traces/ as soon as it ends; without, only if interrupted.
+    With `keep`, each trace goes to this rank's file under traces/ as soon as it ends; without, only if the run is
+    interrupted or fails before the caller has them.
     """
     turn = slice(run.world.rank, None, run.world.size)
     mine = tasks[turn]
@@ -199,15 +207,18 @@ def play_all(
             traces = collect(
                 run.engine, mine, how, step=step, label=label, max_live=live, on_trace=on_trace, starts=starts[turn]
             )
-    except KeyboardInterrupt:
+            return traces if run.world.size == 1 else _gather(run.world, traces, len(tasks))
+    except (KeyboardInterrupt, MasHpcError):
         if not keep:
             trace_store.write(file, held)
         raise
-    if run.world.size == 1:
-        return traces
-    lines = gather_lines(run.world, [trace_store.to_json(trace) for trace in traces])
+
+
+def _gather(world: World, traces: Sequence[Trace], num_tasks: int) -> list[Trace]:
+    """All ranks' traces in the order of the tasks, which were dealt out in turn."""
+    lines = gather_lines(world, [trace_store.to_json(trace) for trace in traces])
     gathered = iter(trace_store.from_json(line) for line in lines)
     ordered: dict[int, Trace] = {}
-    for rank in range(run.world.size):
-        ordered |= {number: next(gathered) for number in range(rank, len(tasks), run.world.size)}
-    return [ordered[number] for number in range(len(tasks))]
+    for rank in range(world.size):
+        ordered |= {number: next(gathered) for number in range(rank, num_tasks, world.size)}
+    return [ordered[number] for number in range(num_tasks)]

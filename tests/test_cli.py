@@ -13,6 +13,8 @@ import pytest
 
 from mas_hpc.cli import main
 from mas_hpc.data import trace_store
+from mas_hpc.distributed.world import World
+from mas_hpc.run import claim_folder
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -84,6 +86,33 @@ def test_adapters_per_agent_train_are_saved_and_load_again(cli, tmp_path: Path) 
     assert code == 0 and "team" in out, err
 
 
+def test_adapters_on_a_warm_started_base_bring_the_base_along(cli, tmp_path: Path) -> None:
+    per_agent = ("adapters.policies=per_agent", "adapters.rank=2", "evaluation.temperatures=[1.0]", "evaluation.controls=false")
+    assert cli("pipeline", QUICKSTART, *SMALL, *per_agent)[0] == 0
+    first = tmp_path / "runs" / "quickstart"
+    config = json.loads((first / "adapters" / "solver" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(first / "model")
+    saved = (f"model.path={first / 'model'}", f"adapters.path={first / 'adapters'}", "warm_start.steps=0")
+    code, _, err = cli("evaluate", QUICKSTART, *SMALL, *per_agent, *saved)
+    assert code == 0, err
+    rows = [
+        row["right"]
+        for name, phase in (("quickstart", "after"), ("quickstart-2", "before"))
+        for row in json.loads((tmp_path / "runs" / name / "results.json").read_text())["rows"]
+        if row["phase"] == phase
+    ]
+    assert rows[0] == rows[1]
+    files = (first / "traces" / "after-T1.jsonl", tmp_path / "runs" / "quickstart-2" / "traces" / "before-T1.jsonl")
+    after, again = ([turn.text for trace in trace_store.read(file) for turn in trace.path] for file in files)
+    assert after == again
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # the other process made it after we looked
+    assert claim_folder(tmp_path / "a", World()) == tmp_path / "a-2"
+
+
 def test_a_trained_model_is_evaluated_by_its_path(cli, tmp_path: Path) -> None:
     assert cli("train", QUICKSTART, *SMALL)[0] == 0
     code, _, err = cli("evaluate", QUICKSTART, *SMALL, "warm_start.steps=0", f"model.path={tmp_path}/runs/quickstart/model")
@@ -101,6 +130,13 @@ def test_an_invalid_alpha_is_explained_in_the_log(cli) -> None:
     code, out, _ = cli("train", QUICKSTART, *SMALL, "method.alpha=0.5")
     assert code == 0
     assert "which group centring erases" in out.replace("\n", " ")
+
+
+def test_metrics_go_to_tensorboard_when_asked(cli, tmp_path: Path) -> None:
+    code, _, err = cli("train", QUICKSTART, *SMALL, "tracking=tensorboard")
+    assert code == 0, err
+    [events] = (tmp_path / "runs" / "quickstart" / "tensorboard").iterdir()
+    assert b"reward/solver" in events.read_bytes()
 
 
 def test_check_prints_the_plan_and_config_the_reference(cli) -> None:

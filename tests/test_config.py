@@ -96,3 +96,15 @@ def test_the_empty_config_is_the_embedded_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
 def test_shipped_configs_are_valid(file: Path) -> None:
     load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("adapters: {path: runs/a/adapters}", "no adapter is loaded"),
+        ("team: {max_revisions: 2, topology: single}", "team.max_revisions=2"),
+        ("team: {max_revisions: 2, agents: [{name: a, role: solver}, {name: b, role: critic}]}", "team.max_revisions=2"),
+    ],
+)
+def test_knobs_that_would_do_nothing_are_refused(tmp_path: Path, text: str, problem: str) -> None:
+    assert problem in message(tmp_path, text)

@@ -6,6 +6,7 @@ and only the cue between them is encoded, so that a child's prompt continues its
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
 from mas_hpc.agents.agent import Agent
@@ -53,10 +54,16 @@ class ChatTemplate:
             {"role": "user", "content": "CUE-MARK"},
         ]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        self._head, rest = text.split("QUESTION-MARK")
-        _, rest = rest.split("ANSWER-MARK")
-        self._between, self._tail = rest.split("CUE-MARK")
+        parts = re.fullmatch("(.*)QUESTION-MARK.*ANSWER-MARK(.+)CUE-MARK(.*)", text, re.DOTALL)
+        if parts is None:
+            raise ConfigError(f"model.path: its chat template does not keep all messages of a conversation: {text!r}")
+        self._head, self._between, self._tail = parts.groups()
         end_of_turn = self._encode(self._between)[0]
+        if end_of_turn != tokenizer.eos_token_id and end_of_turn not in tokenizer.added_tokens_decoder:
+            raise ConfigError(
+                f"model.path: its chat template ends an assistant's message with {self._between!r}; expected a special "
+                "token, for text may hold anything else"
+            )
         self.stop_ids = tuple(sorted({tokenizer.eos_token_id, end_of_turn} - {None}))
 
     def _encode(self, text: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Legend: H query heads, K key/value heads, T tokens, D head dimension.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -38,7 +39,11 @@ AttentionInterface.register(NAME, _dispatch)
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Switch the model to our attention. Raises ConfigError for architectures whose attention is not plain causal."""
     config = model.config
-    windowed = [kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"]
+    kinds = getattr(config, "layer_types", None)
+    windowed = [kind for kind in kinds or () if kind != "full_attention"]
+    # Mistral, Phi-3 and others name no kinds: all their layers have the one window, if it is shorter than the context.
+    if kinds is None and (getattr(config, "sliding_window", None) or math.inf) < config.max_position_embeddings:
+        windowed = [f"sliding_window={config.sliding_window}"]
     if windowed or getattr(config, "attn_logit_softcapping", None):
         raise ConfigError(
             f"model.path: {config.model_type} has sliding-window or soft-capped attention {sorted(set(windowed))}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from mas_hpc.errors import MasHpcError
 from mas_hpc.orchestration.episode import Play, Result, Steps, parallel, play
 from mas_hpc.rollout.engine import RolloutEngine
 from mas_hpc.types import Task, Trace, Turn
@@ -18,7 +19,7 @@ def collect(
 
     `starts`, one a task, are committed turns to continue from; without them every episode begins at the question.
 
-    On Ctrl-C the unfinished traces are handed over too (answer and reward None) before the interrupt goes on.
+    On Ctrl-C, and on an error of ours, the unfinished traces are handed over too (answer and reward None) before it goes on.
     """
     starts = starts or [()] * len(tasks)
     turns = [list(start) for start in starts]
@@ -32,7 +33,7 @@ def collect(
     games = [play(task, how, turns[number], path=tuple(starts[number])) for number, task in enumerate(tasks)]
     try:
         run(engine, parallel(games, max_live=max_live, on_end=end))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, MasHpcError):
         for number, task in enumerate(tasks):
             if turns[number] and number not in finished:
                 on_trace(Trace(task=task, turns=tuple(turns[number]), step=step, label=f"{label}:unfinished"))

@@ -24,7 +24,7 @@ class Learner:
 
     def __init__(
         self, model: PreTrainedModel, bank: AdapterBank | None, strategy: Strategy, optimization: Optimization,
-        *, scope: Literal["sequence", "speaker"], max_tree_tokens: int, temperature: float = 1.0,
+        *, scope: Literal["sequence", "speaker"], max_tree_tokens: int, temperature: float = 1.0, updates_per_batch: int = 1,
     ) -> None:  # fmt: skip
         self._model, self._bank, self._strategy, self._optimization = model, bank, strategy, optimization
         self._scope, self._max_tree_tokens, self._temperature = scope, max_tree_tokens, temperature
@@ -34,7 +34,8 @@ class Learner:
             lr=optimization.learning_rate, betas=(optimization.beta1, optimization.beta2),
             weight_decay=optimization.weight_decay, fused=True,
         )  # fmt: skip
-        self._step = 0
+        self._updates_per_batch = updates_per_batch  # the schedule counts batches
+        self._num_updates = 0
 
     def update(self, samples: Sequence[Sample], loss: Loss, *, num_tokens: int) -> dict[str, float]:
         """Take one step on `samples`, which are the same on every rank; `num_tokens` is the global denominator.
@@ -46,7 +47,9 @@ class Learner:
         active = self._active(samples)
         self._strategy.sum_gradients([parameter for policy in active for parameter in self._parameters[policy]])
         totals = self._strategy.sum(sums)
-        learning_rate = self._optimization.learning_rate * schedule(self._optimization, self._step)
+        learning_rate = self._optimization.learning_rate * schedule(
+            self._optimization, self._num_updates // self._updates_per_batch
+        )
         norms = [
             float(torch.nn.utils.clip_grad_norm_(self._parameters[policy], self._optimization.max_grad_norm))
             for policy in active
@@ -54,7 +57,7 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
-        self._step += 1
+        self._num_updates += 1
         trained = max(totals.pop("tokens"), 1.0)
         means = {name: total if name == "loss" else total / trained for name, total in totals.items()}
         return means | {"grad_norm": max(norms, default=0.0), "learning_rate": learning_rate, "tokens": trained}
@@ -78,8 +81,10 @@ class Learner:
 
     def _active(self, samples: Sequence[Sample]) -> list[str]:
         """Policies that write a trained token. The others' gradients stay None, so that AdamW leaves them where they are."""
+        if self._bank is None:
+            return list(self._parameters) if samples else []
         written = {sample.policy for sample in samples}
-        return [policy for policy in self._parameters if policy in written or self._bank is None]
+        return [policy for policy in self._parameters if policy in written]
 
 
 def policy_parameters(model: PreTrainedModel, bank: AdapterBank | None) -> dict[str, list[Parameter]]:

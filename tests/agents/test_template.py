@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -71,6 +73,23 @@ def test_a_cut_off_turn_is_closed_by_the_cue(chat_tokenizer: PreTrainedTokenizer
 def test_a_tokenizer_without_a_template_is_refused(chat_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match="no chat template"):
         ChatTemplate(PreTrainedTokenizerFast(tokenizer_object=chat_tokenizer.backend_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "problem"),
+    [
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}<|im_end|>{% endfor %}", "does not keep all messages"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:", "expected a special token"),
+    ],
+    ids=["drops answers", "stops at a line end"],
+)
+def test_a_template_that_cannot_carry_a_transcript_is_refused(
+    chat_tokenizer: PreTrainedTokenizerFast, chat_template: str, problem: str
+) -> None:
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = chat_template
+    with pytest.raises(ConfigError, match=problem):
+        ChatTemplate(tokenizer)
 
 
 def test_the_compact_transcript_closes_the_ring_before_a_verdict() -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from mas_hpc.errors import RolloutError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.orchestration.collect import collect
 from mas_hpc.orchestration.episode import Play, Team
@@ -153,6 +154,18 @@ def test_ctrl_c_hands_over_unfinished_traces(team: Team, task: Task, tokenizer) 
         run(team, task, tokenizer, Sampling(temperature=1.0), interrupted, on_trace=kept.append)
     assert [turn.agent for turn in kept[0].turns] == ["solver", "critic"]
     assert kept[0].reward is None and kept[0].label.endswith("unfinished")
+
+
+def test_an_error_of_ours_hands_over_unfinished_traces_too(team: Team, task: Task, tokenizer) -> None:
+    def broken(request: Request) -> str:
+        if request.policy == "reviser":
+            raise RolloutError("the engine is gone")
+        return lookup(request)
+
+    kept: list[Trace] = []
+    with pytest.raises(RolloutError):
+        run(team, task, tokenizer, Sampling(temperature=1.0), broken, on_trace=kept.append)
+    assert [turn.agent for turn in kept[0].turns] == ["solver", "critic"]
 
 
 def test_a_trace_replays_from_its_own_prompts_and_seeds(team: Team, task: Task, tokenizer) -> None:

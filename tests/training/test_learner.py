@@ -154,6 +154,33 @@ def test_the_schedule_warms_up_holds_and_decays_to_the_last_share() -> None:
     assert [schedule(method, step) for step in (0, 1, 5, 6, 8, 9, 10)] == pytest.approx([0.5, 1, 1, 1, 0.6, 0.4, 0.2])
 
 
+def test_the_schedule_counts_batches_however_many_updates_each_gives() -> None:
+    method = ATGRPOConfig(steps=4, warmup_steps=0, updates_per_batch=3)
+    base, batch = model(), samples()
+    optimizer = Learner(
+        base, None, DataParallel(World()), method, scope="sequence", max_tree_tokens=10_000, updates_per_batch=3
+    )
+    rates = [optimizer.update(batch, loss_of(method), num_tokens=60)["learning_rate"] for _ in range(12)]
+    assert rates == pytest.approx([method.learning_rate * schedule(method, step // 3) for step in range(12)])
+
+
+class SummedByTwo(DataParallel):
+    """As on a rank whose peer has no gradient either: what is missing counts as zero."""
+
+    def sum_gradients(self, parameters) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def test_a_batch_without_samples_changes_nothing_on_several_ranks_either() -> None:
+    base = model()
+    optimizer = Learner(base, None, SummedByTwo(World()), METHOD, scope="sequence", max_tree_tokens=10_000)
+    optimizer.update(samples(), loss_of(METHOD), num_tokens=60)  # gives momentum
+    before = copy.deepcopy(base.state_dict())
+    optimizer.update([], loss_of(METHOD), num_tokens=1)
+    assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+
+
 def test_learning_lowers_the_loss() -> None:
     base, batch = model(), samples()
     method = SFTConfig(steps=20, learning_rate=1e-2, warmup_steps=0)
