@@ -1,7 +1,7 @@
 """The demo's claim over fresh seeds, and solver-only GRPO at equal sampled tokens beside it.
 
 Every seed: the quickstart pipeline, then GRPO of the solver alone (same warm start, same number of sampled tokens).
-Usage: mas-hpc bench team, or python benchmarks/bench_team.py --seeds 1 2 3
+Usage: mas-hpc bench team, or python benchmarks/bench_team.py --seeds 1 2 3. Finished jobs in --folder are not run again.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,10 @@ def main() -> None:
     """Run every seed, write benchmarks/results/team.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    seeds = parser.parse_args().seeds
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in seeds:
-            rows += one_seed(Path(folder), seed)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench-team")
+    arguments = parser.parse_args()
+    seeds = arguments.seeds
+    rows = [row for seed in seeds for row in one_seed(arguments.folder, seed)]
     rows.append(summary(rows))
     notes = {"config": CONFIG.name, "seeds": str(seeds), "solver-only steps": str(solver_only_steps())}
     report("team", rows, notes=notes)
@@ -61,7 +60,9 @@ def solver_only_steps() -> int:
 def job(folder: Path, command: str, name: str, *overrides: str) -> Rows:
     """One command; its evaluation rows by name and temperature, empty when it evaluates nothing."""
     words = [command, str(CONFIG), f"runs_dir={folder}", f"name={name}", *overrides]
-    subprocess.run([sys.executable, "-m", "mas_hpc", *words], cwd=ROOT, check=True)
+    if not (folder / name / "report.html").exists():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "mas_hpc", *words], cwd=ROOT, check=True)
     results = folder / name / "results.json"
     found = json.loads(results.read_text())["rows"] if results.exists() else []
     return {f"{row['name']}, T={row['temperature']:g}": row for row in found}
@@ -77,9 +78,11 @@ def compare(seed: int, team: Rows, alone: Rows, as_team: Rows) -> list[Row]:
             "solver trained alone, equal sampled tokens": alone[f"team, after training, {t}"],
             "team of the model whose solver was trained alone": as_team[f"team, before training, {t}"],
         }
-        for name, row in {**alone, **team}.items():
-            if t in name and "after" in name and name.startswith(("majority", "best")):
-                peers[row["name"] + (", solver trained alone" if row in alone.values() else "")] = row
+        for rows_of, suffix in ((team, ""), (as_team, ", solver trained alone")):
+            phase = "after" if rows_of is team else "before"
+            for key, row in rows_of.items():
+                if t in key and phase in key and key.startswith(("majority", "best")):
+                    peers[row["name"].removesuffix(f", {phase}") + suffix] = row
         trained = team[f"team, after training, {t}"]
         rows += [accuracy_row(f"seed {seed}, {t}", trained, peer, row) for peer, row in peers.items()]
     return rows
@@ -97,7 +100,7 @@ def accuracy_row(case: str, ours: dict, peer: str, theirs: dict) -> Row:
 
 def summary(rows: list[Row]) -> Row:
     """Mean over seeds of the greedy team, after against before."""
-    greedy = [row for row in rows if "T=0" in row.case and row.peer == "the same team before training"]
+    greedy = [row for row in rows if "T=0" in row.case and row.peer == "the team before training"]
     ours, theirs = (statistics.mean(getattr(row, name) for row in greedy) for name in ("ours", "theirs"))
     return Row(
         case="mean over seeds, T=0",

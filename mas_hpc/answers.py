@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER_IS = re.compile(r"answer(?:\s+is)?\s*[:=]?\s*\$?(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?"
+_ANSWER_IS = re.compile(rf"answer(?:\s+is)?\s*[:=]?\s*\$?(-?{_DIGITS})", re.IGNORECASE)
+_NUMBER = re.compile(rf"(?:(?<![\w)])-)?{_DIGITS}")  # the minus of 3-4 is not a sign
 _VERDICT = re.compile(r"VERDICT\W{0,4}(CORRECT|INCORRECT)\b", re.IGNORECASE)
 
 
@@ -31,6 +32,9 @@ def read_answer(text: str) -> str | None:
 
 
 def read_verdict(text: str) -> bool | None:
-    """The last "VERDICT: CORRECT" or "VERDICT: INCORRECT"; None when there is none."""
-    found = _VERDICT.findall(text)
-    return found[-1].upper() == "CORRECT" if found else None
+    """What the last line with a "VERDICT: CORRECT" or "VERDICT: INCORRECT" says; None when there is none, or it says both."""
+    for line in reversed(text.splitlines()):
+        found = {verdict.upper() for verdict in _VERDICT.findall(line)}
+        if found:
+            return found == {"CORRECT"} if len(found) == 1 else None
+    return None

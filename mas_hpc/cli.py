@@ -63,7 +63,7 @@ def pipeline(config: ConfigFile, overrides: Overrides = None) -> None:
         phases.train(run)
         _finish(run, [*before, *phases.evaluate(run, "after")])
 
-    _with_run(_load(config, overrides), job)
+    _with_run(_trainable(_load(config, overrides)), job)
 
 
 @app.command()
@@ -78,7 +78,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         phases.train(phases.warm_up(run))
         _report(run)
 
-    _with_run(_load(config, overrides), job)
+    _with_run(_trainable(_load(config, overrides)), job)
 
 
 @app.command()
@@ -145,6 +145,14 @@ def _load(file: Path, overrides: list[str] | None) -> RunConfig:
     from mas_hpc.config_file import load_config
 
     return load_config(file, overrides or [])
+
+
+def _trainable(config: RunConfig) -> RunConfig:
+    from mas_hpc.errors import ConfigError
+
+    if config.untrainable:
+        raise ConfigError(config.untrainable)
+    return config
 
 
 def _with_run(config: RunConfig, job: Any) -> None:

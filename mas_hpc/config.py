@@ -306,6 +306,17 @@ class RunConfig(Section):
         """The run folder."""
         return Path(self.runs_dir) / self.name
 
+    @property
+    def untrainable(self) -> str:
+        """Why the method cannot train with this sampling; empty when it can. Rollout and evaluation may sample as they like."""
+        sampling = self.rollout
+        if isinstance(self.method, SFTConfig) or (sampling.top_p == 1 and sampling.top_k == 0 and sampling.temperature > 0):
+            return ""
+        return (
+            f"rollout.top_p={sampling.top_p:g}, rollout.top_k={sampling.top_k}, rollout.temperature={sampling.temperature:g}: "
+            "training needs top_p=1, top_k=0 and temperature > 0, or the ratio compares different distributions"
+        )
+
     @model_validator(mode="after")
     def _across_sections(self) -> RunConfig:
         names = [agent.name for agent in self.team.agents]
@@ -314,11 +325,6 @@ class RunConfig(Section):
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r}: expected a folder name without '/'")
         if isinstance(self.method, ATGRPOConfig):
-            if self.rollout.top_p < 1 or self.rollout.top_k > 0 or self.rollout.temperature == 0:
-                raise ValueError(
-                    "rollout.top_p, rollout.top_k, rollout.temperature: training needs top_p=1, top_k=0 and temperature > 0, "
-                    "or the ratio compares different distributions"
-                )
             unknown = sorted(set(self.method.agent_weights) - set(names))
             if unknown:
                 raise ValueError(f"method.agent_weights: no agent {unknown}; expected names among {names}")

@@ -169,7 +169,11 @@ def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
         traces = play_all(run, tasks, how_to_play(run, sampling, settings.seed), label=f"{phase}-T{temperature:g}")
         balance = planted_verdicts(run, tasks, sampling)
         team = benchmark.team_row(traces, phase=phase, temperature=temperature, verdicts=balance)
-        run.console.print(f"evaluate: {team.name}, T={temperature:g}: {team.accuracy:.1%}", highlight=False)
+        failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)
+        run.console.print(
+            f"evaluate: {team.name}, T={temperature:g}: {team.accuracy:.1%}" + (f", {failed} failed turns" if failed else ""),
+            highlight=False,
+        )
         rows.append(team)
         if len(run.team.agents) > 1:
             rows.append(benchmark.first_speaker_row(traces, phase=phase, temperature=temperature))
@@ -185,14 +189,16 @@ def planted_verdicts(run: Run, tasks: Sequence[Task], sampling: Sampling) -> dic
     seed = run.config.evaluation.seed
     found: dict[str, VerdictBalance] = {}
     for judge in (name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"):
-        starts = [
+        planted = [
             plant(task, run.team, demonstrator, judge, right=number % 2 == 0, seed=derive_seed(seed, "plant", number))
             for number, task in enumerate(tasks)
         ]
-        if all(starts):
+        judged = [(task, start) for task, start in zip(tasks, planted, strict=True) if start]
+        if judged:
+            asked, starts = zip(*judged, strict=True)
             team = replace(run.team, topology=Judged(topology=run.team.topology, judge=judge))
             how = how_to_play(run, sampling, seed, team)
-            traces = play_all(run, tasks, how, label=f"{judge}-planted", starts=starts, keep=False)
+            traces = play_all(run, asked, how, label=f"{judge}-planted", starts=starts, keep=False)
             found |= {judge: benchmark.verdict_balance(traces)[judge]}
     return found
 

@@ -47,6 +47,8 @@ def plan(config: RunConfig) -> list[tuple[str, str]]:
         )  # fmt: skip
     else:
         rows.append(("train", f"SFT, {method.steps} steps of {method.batch_size} transcripts"))
+    if config.untrainable:
+        rows[-1] = ("train", f"refused: {config.untrainable}")
     temperatures = ", ".join(f"{temperature:g}" for temperature in config.evaluation.temperatures)
     num_test = min(config.evaluation.num_tasks, data.num_test)
     beside = " beside equal-token controls" if config.evaluation.controls else ""

@@ -153,6 +153,7 @@ def test_check_prints_the_plan_and_config_the_reference(cli) -> None:
         (("check", QUICKSTART, "method.group_size=1"), "method.group_size=1: Input should be greater than or equal to 2"),
         (("check", QUICKSTART, "method.stepz=1"), "method.stepz: unknown key; did you mean steps?"),
         (("pipeline", QUICKSTART, "model.path=no/such/model"), "model.path"),
+        (("train", QUICKSTART, "rollout.top_k=5"), "training needs top_p=1, top_k=0"),
         (("pipeline", QUICKSTART, "data.num_train=9000"), "only 8192 exist"),
         (("train", QUICKSTART, *SMALL, "method.tasks_per_step=4", "data.num_train=0"), "data.num_train=0"),
         (("evaluate", str(ROOT / "configs" / "mas.yaml"), "model.path=tiny", "data.path=missing.jsonl"), "missing.jsonl"),

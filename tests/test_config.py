@@ -78,8 +78,9 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
 
 
 def test_training_refuses_truncated_sampling(tmp_path: Path) -> None:
-    assert "training needs top_p=1" in message(tmp_path, "rollout: {top_p: 0.9}")
-    load_config(write(tmp_path, "rollout: {top_p: 0.9}\nmethod: {kind: sft}"))
+    assert "training needs top_p=1" in load_config(write(tmp_path, "rollout: {top_p: 0.9}")).untrainable
+    assert "temperature=0" in load_config(write(tmp_path, "rollout: {temperature: 0.0}")).untrainable
+    assert load_config(write(tmp_path, "rollout: {top_p: 0.9}\nmethod: {kind: sft}")).untrainable == ""
 
 
 def test_sections_are_checked_against_each_other(tmp_path: Path) -> None:

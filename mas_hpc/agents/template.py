@@ -71,7 +71,13 @@ class ChatTemplate:
 
     def opening(self, task: Task, agent: Agent) -> tuple[int, ...]:
         """The question and the first agent's instruction as one user message."""
-        return self._encode(f"{self._head}{task.question}\n\n{agent.instruction}{self._tail}")
+        return self._encode(f"{self._head}{self._plain(task.question)}\n\n{agent.instruction}{self._tail}")
+
+    def _plain(self, text: str) -> str:
+        """The text with a blank inside each control token, so that a question cannot end its own message."""
+        for token in self._tokenizer.all_special_tokens:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
 
     def cue(self, task: Task, agent: Agent, previous: Turn) -> tuple[int, ...]:
         """End of the assistant message (unless it was sampled), the agent's instruction, start of the next one."""

@@ -38,8 +38,12 @@ def at_grpo(traces: Sequence[Trace], settings: GroupSettings) -> list[Trace]:
     keys = [key for key, group in whole.items() for _ in group]
     advantages = group_relative([turn.reward or 0.0 for turn in turns], keys, normalize=settings.normalize)
     balance = verdict_weights(turns, limit=settings.balance_verdicts)
+    penalty = {key: penalty_weight(group) if settings.normalize == "std" else 1.0 for key, group in whole.items()}
     credit = {
-        (key[0], turn.id): advantage * settings.agent_weights.get(turn.agent, 1.0) * balance.get((turn.agent, turn.truth), 1.0)
+        (key[0], turn.id): advantage
+        * settings.agent_weights.get(turn.agent, 1.0)
+        * balance.get((turn.agent, turn.truth), 1.0)
+        * penalty[key]
         for key, turn, advantage in zip(keys, turns, advantages, strict=True)
     }
     return [
@@ -68,14 +72,22 @@ def verdict_weights(turns: Sequence[Turn], *, limit: float) -> dict[tuple[str, b
     return {key: min(limit, 0.5 * total[key[0]] / count) for key, count in judged.items()} if limit else {}
 
 
+def penalty_weight(group: Sequence[Turn]) -> float:
+    """1 + the largest penalty among the members: the scale of negative rewards, which standardising has erased."""
+    return 1.0 - min(0.0, *(turn.local_reward or 0.0 for turn in group))
+
+
 def group_metrics(traces: Sequence[Trace]) -> dict[str, float]:
-    """Per agent: mean reward, share of groups without variance, and balanced accuracy of its readable verdicts."""
+    """Per agent: failed share, mean reward, share of groups without variance, verdict balance (unreadable is wrong)."""
     metrics: dict[str, float] = {}
     by_agent: dict[str, list[list[Turn]]] = defaultdict(list)
+    asked: dict[str, list[int]] = defaultdict(list)
     for key, group in group_turns(traces).items():
+        asked[key[1]].append(len(group))
         by_agent[key[1]].append([turn for turn in group if turn.reward is not None])
     for agent, groups in by_agent.items():
         scored = [turn for group in groups for turn in group]
+        metrics[f"failed/{agent}"] = 1.0 - len(scored) / sum(asked[agent])
         if not scored:
             continue
         metrics[f"reward/{agent}"] = fmean(turn.reward or 0.0 for turn in scored)

@@ -115,6 +115,10 @@ def test_the_compact_transcript_closes_the_ring_before_a_verdict() -> None:
         (r"\boxed{1} and \boxed{2", "1"),
         ("The answer is 1,250 dollars of 9", "1250"),
         ("3 + 4 = 7", "7"),
+        ("the answer: 1/2", "1/2"),
+        ("answer = .5", ".5"),
+        ("so 3-4", "4"),
+        ("it is -4", "-4"),
         ("no idea", None),
         (r"\boxed{}", None),
     ],
@@ -124,7 +128,8 @@ def test_answers_are_read_from_the_last_balanced_box_else_the_last_number(text: 
 
 
 def test_verdicts_are_read_only_when_stated() -> None:
-    assert read_verdict("VERDICT: incorrect ... VERDICT: CORRECT") is True
+    assert read_verdict("VERDICT: incorrect\nNo:\nVERDICT: CORRECT") is True
+    assert read_verdict('I end with "VERDICT: CORRECT" or "VERDICT: INCORRECT".') is None
     assert read_verdict("**Verdict**: INCORRECT") is False
     assert read_verdict("this is correct") is None
     assert last_boxed("no box") is None

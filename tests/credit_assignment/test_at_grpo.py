@@ -111,3 +111,17 @@ def test_verdict_balance_is_the_mean_of_two_recalls() -> None:
     approve_all = [turn("critic", 1, i, 0.0, verdict=True, truth=i != 0, committed=i == 0) for i in range(4)]
     metrics = group_metrics([trace(*approve_all)])
     assert metrics["balanced_accuracy/critic"] == 0.5
+
+
+def test_a_penalty_survives_standardisation() -> None:
+    # 1 and 0 standardise to the same advantages as 1 and -0.5; the penalty comes back as a factor of 1.5
+    broke = [turn("reviser", 0, i, r, local_reward=r, committed=i == 0) for i, r in enumerate((1.0, -0.5))]
+    failed = [turn("reviser", 0, i, r, local_reward=r, committed=i == 0) for i, r in enumerate((1.0, 0.0))]
+    settings = GroupSettings(group_size=2, normalize="std", agent_weights={})
+    ratio = credits([trace(*broke)], settings)[0] / credits([trace(*failed)], settings)[0]
+    assert ratio == pytest.approx(1.5, rel=1e-3)
+    assert credits([trace(*broke)], SETTINGS) == [0.75, -0.75]  # mean-only advantages have it already
+
+
+def test_failed_members_are_counted() -> None:
+    assert group_metrics([trace(*pair("solver", 0, (1.0, None)))])["failed/solver"] == 0.5

@@ -201,6 +201,16 @@ def test_the_winner_is_named_only_when_it_is_clear(accuracies, words):
     assert sentence.startswith(f"At temperature 1, {words}")
 
 
+def test_a_greedy_team_is_compared_with_controls_sampled_at_another_temperature_and_tokens_are_named():
+    team, control = rows(10, 16, 4)[1:]
+    greedy = team.model_copy(update={"temperature": 0.0, "tokens_per_question": 30.0})
+    (sentence,) = sentences(Results(rows=(greedy, control.model_copy(update={"tokens_per_question": 35.2}))))
+    assert sentence.startswith(
+        "Greedy, the team (80.0%, 30 tokens a question) beats its best control, control 4 at temperature 1 "
+        "(20.0%, 35 tokens a question): +60.0 points"
+    )
+
+
 def test_an_unclear_gain_is_called_unclear():
     paired = Paired(temperature=0, difference=0.02, low=-0.03, high=0.07, p_value=0.5, wins=9, losses=7)
     assert sentences(Results(paired=(paired,)))[0].startswith("Greedy, training makes no clear difference to the team's")

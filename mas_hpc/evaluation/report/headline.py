@@ -74,24 +74,27 @@ def _teams(rows: Sequence[Row]) -> list[Row]:
 
 
 def _winners(rows: Sequence[Row]) -> list[str]:
-    compared = compare(rows)
-    found = []
-    for team in _teams([entry.row for entry in compared]):
-        controls = [e for e in compared if e.row.phase == "control" and e.row.temperature == team.temperature]
-        if controls:
-            rival = max(controls, key=lambda entry: entry.row.accuracy)
-            found.append(_winner(team, rival))
-    return found
+    controls = [row for row in rows if row.phase == "control"]
+    return [_winner(team, max(controls, key=lambda row: row.accuracy)) for team in _teams(rows) if controls]
 
 
-def _winner(team: Row, rival: Comparison) -> str:
-    gap = rival.difference or 0.0
-    ours, theirs = f"the team ({team.accuracy:.1%})", f"{rival.row.name} ({rival.row.accuracy:.1%})"
-    test = f", {p_text(rival.test.p_value)}" if rival.test else ""
-    if rival.test and rival.test.p_value >= LEVEL:
-        return (
-            f"{setting(team.temperature)}, {ours} and its best control, {theirs}, cannot be told apart "
-            f"({-100 * gap:+.1f} points{test})."
-        )
-    verb = "beats" if gap < 0 else "loses to" if gap > 0 else "equals"
-    return f"{setting(team.temperature)}, {ours} {verb} its best control, {theirs}: {-100 * gap:+.1f} points{test}."
+def _winner(team: Row, rival: Row) -> str:
+    """The team against its best control, whatever temperature that was sampled at."""
+    gap = 100 * (team.accuracy - rival.accuracy)
+    test = paired_test(rival.right, team.right) if rival.right and len(rival.right) == len(team.right) else None
+    ours, theirs = f"the team ({_cost(team)})", f"{rival.name}{_sampled_at(team, rival)} ({_cost(rival)})"
+    proof = f", {p_text(test.p_value)}" if test else ""
+    if test and test.p_value >= LEVEL:
+        apart = f"cannot be told apart ({gap:+.1f} points{proof})"
+        return f"{setting(team.temperature)}, {ours} and its best control, {theirs}, {apart}."
+    verb = "beats" if gap > 0 else "loses to" if gap < 0 else "equals"
+    return f"{setting(team.temperature)}, {ours} {verb} its best control, {theirs}: {gap:+.1f} points{proof}."
+
+
+def _cost(row: Row) -> str:
+    tokens = f", {row.tokens_per_question:.0f} tokens a question" if row.tokens_per_question is not None else ""
+    return f"{row.accuracy:.1%}{tokens}"
+
+
+def _sampled_at(team: Row, rival: Row) -> str:
+    return f" at temperature {rival.temperature:g}" if rival.temperature and rival.temperature != team.temperature else ""
