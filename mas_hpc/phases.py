@@ -14,7 +14,7 @@ from mas_hpc.credit_assignment.assign import num_group_tokens, to_samples
 from mas_hpc.credit_assignment.at_grpo import GroupSettings, at_grpo, group_metrics
 from mas_hpc.data import trace_store
 from mas_hpc.distributed.ddp import DataParallel
-from mas_hpc.errors import DataError
+from mas_hpc.errors import ConfigError, DataError
 from mas_hpc.evaluation import benchmark
 from mas_hpc.evaluation.graders import grade
 from mas_hpc.evaluation.metrics import VerdictBalance
@@ -121,10 +121,15 @@ def fit_at_grpo(run: Run, method: ATGRPOConfig) -> None:
         )
 
     questions = training_tasks(run)
+    if len(questions) < method.tasks_per_step:
+        raise ConfigError(
+            f"method.tasks_per_step={method.tasks_per_step}: there are {len(questions)} training questions; "
+            f"set it to at most {len(questions)}, or raise data.num_train"
+        )
 
     def collect_batch(step: int) -> list[Trace]:
         rng = Random(derive_seed(run.config.seed, "tasks", step))
-        tasks = rng.sample(questions, k=min(method.tasks_per_step, len(questions)))
+        tasks = rng.sample(questions, k=method.tasks_per_step)
         how = how_to_play(run, sampling, derive_seed(run.config.seed, "train", step))
         return play_all(run, tasks, how, label="train", step=step, keep=False, bar=False)
 

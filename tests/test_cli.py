@@ -119,6 +119,11 @@ def test_a_trained_model_is_evaluated_by_its_path(cli, tmp_path: Path) -> None:
     assert code == 0, err
 
 
+def test_a_single_agent_is_evaluated_beside_its_vote(cli, tmp_path: Path) -> None:
+    code, out, err = cli("evaluate", QUICKSTART, *SMALL, "team.topology=single", "method.agent_weights={}")
+    assert code == 0 and "majority vote of 1" in out, err
+
+
 def test_sft_is_a_method_of_its_own(cli, tmp_path: Path) -> None:
     config = str(ROOT / "configs" / "sft.yaml")
     code, _, err = cli("train", config, "model.hidden_size=32", "method.steps=2", "data.num_train=40", "data.num_test=10")
@@ -157,6 +162,7 @@ def test_check_prints_the_plan_and_config_the_reference(cli) -> None:
         (("pipeline", QUICKSTART, "data.num_train=9000"), "only 8192 exist"),
         (("train", QUICKSTART, *SMALL, "method.tasks_per_step=4", "data.num_train=0"), "data.num_train=0"),
         (("evaluate", str(ROOT / "configs" / "mas.yaml"), "model.path=tiny", "data.path=missing.jsonl"), "missing.jsonl"),
+        (("train", QUICKSTART, *SMALL, "data.num_train=3"), "there are 3 training questions"),
         (("report", "runs/none"), "runs/none"),
         (("bench", "nothing"), "expected one of"),
         (("train", QUICKSTART, *SMALL, "adapters.policies=per_agent", "adapters.target_modules=[nope]"), "nope"),
