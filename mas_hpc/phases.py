@@ -214,16 +214,26 @@ def controls(
     """Majority vote of the first agent, and its fresh tries judged by the first critic, at the team's tokens or more."""
     first = traces[0].path[0].agent
     critic = next((name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"), None)
-    tokens = sum(len(trace.path[0].completion_ids) for trace in traces) / len(traces)
-    votes = replace(sampling, group_size=benchmark.equal_budget(team.tokens_per_question, tokens))
-    alone = replace(run.team, topology=Single(agent=first))
-    voted = play_all(run, tasks, how_to_play(run, votes, run.config.evaluation.seed, alone), label="vote", keep=False)
-    rows = [benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)]
+    rows = [vote(run, tasks, sampling, traces, team)]
     if critic is not None:
         judged = replace(run.team, topology=Pipeline(agents=(first, critic)))
         made = best_of_n(run, tasks, sampling, judged, team.tokens_per_question)
         rows.append(benchmark.best_of_n_row(made, phase=team.phase, temperature=team.temperature))
     return rows
+
+
+def vote(run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row) -> benchmark.Row:
+    """Majority vote of as many samples of the team's first agent as it takes to cost the team's tokens or more."""
+    first = [trace.path[0] for trace in traces]
+    alone = replace(run.team, topology=Single(agent=first[0].agent))
+    size = benchmark.equal_budget(team.tokens_per_question, sum(len(turn.completion_ids) for turn in first) / len(first))
+    while True:
+        how = how_to_play(run, replace(sampling, group_size=size), run.config.evaluation.seed, alone)
+        voted = play_all(run, tasks, how, label="vote", keep=False)
+        row = benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)
+        if not 0 < row.tokens_per_question < team.tokens_per_question:
+            return row
+        size += 1
 
 
 def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, budget: float) -> list[list[Trace]]:
