@@ -6,7 +6,9 @@ import re
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?"
-_ANSWER_IS = re.compile(rf"answer(?:\s+is)?\s*[:=]?\s*\$?(-?{_DIGITS})", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    rf"answer(?:\s+is)?\s*[:=]?\s*\$?(-?{_DIGITS})(?:[ $]*[-+*/x][ $]*{_DIGITS})*(?:[ $]*=[ $]*(-?{_DIGITS}))?", re.IGNORECASE
+)  # the answer is 8 + 10 = 18
 _NUMBER = re.compile(rf"(?:(?<![\w)])-)?{_DIGITS}")  # the minus of 3-4 is not a sign
 _VERDICT = re.compile(r"VERDICT\W{0,4}(CORRECT|INCORRECT)\b", re.IGNORECASE)
 
@@ -23,11 +25,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def read_answer(text: str) -> str | None:
-    """The final answer in free text: last \\boxed{}, else the last "answer is N", else the last number, else None."""
+    """The final answer in free text: last \\boxed{}, else the last "answer is N" or "= N", else the last number, else None."""
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed or None
-    found = _ANSWER_IS.findall(text) or _NUMBER.findall(text)
+    found = [result or first for first, result in _ANSWER_IS.findall(text)] or _NUMBER.findall(text)
     return found[-1].replace(",", "") if found else None
 
 

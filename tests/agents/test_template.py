@@ -116,6 +116,8 @@ def test_the_compact_transcript_closes_the_ring_before_a_verdict() -> None:
         ("The answer is 1,250 dollars of 9", "1250"),
         ("3 + 4 = 7", "7"),
         ("the answer: 1/2", "1/2"),
+        ("The answer is 8 + 10 = 18.\nCorrect.", "18"),
+        ("the answer is $5 x 3 = $15 in 2 days", "15"),
         ("answer = .5", ".5"),
         ("so 3-4", "4"),
         ("it is -4", "-4"),
