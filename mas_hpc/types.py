@@ -32,17 +32,6 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One chat message, as chat templates take them.
-
-    Example: Message(role="user", content="What is 6 x 7?")
-    """
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
     """One model call by one agent: a node of the tree.
 

@@ -123,10 +123,3 @@ def majority(answers: Iterable[str | None]) -> str | None:
     """The most frequent answer, the first seen among equals; None (no answer) never wins over an answer."""
     counts = Counter(answer for answer in answers if answer is not None)
     return max(counts, key=counts.__getitem__, default=None)
-
-
-def pass_at_k(n: int, right: int, k: int) -> float:
-    """Unbiased chance that k of n tries hold a right one (arXiv 2107.03374, eq. 1). Raises ValueError unless k <= n."""
-    if not 0 <= right <= n or not 1 <= k <= n:
-        raise ValueError(f"n={n}, right={right}, k={k}: expected 0 <= right <= n and 1 <= k <= n")
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mas_hpc.evaluation.metrics import balanced_verdicts, majority, paired_test, pass_at_k, tokens_per_question, wilson
+from mas_hpc.evaluation.metrics import balanced_verdicts, majority, paired_test, tokens_per_question, wilson
 from mas_hpc.types import Task, Trace, Turn
 
 
@@ -90,12 +90,3 @@ def test_tokens_count_every_try_but_not_the_turns_that_only_value_another():
     task = Task(id="q", question="?", answer="1")
     first = Trace(task=task, turns=(turn(3, committed=True), turn(4), turn(90, counterfactual=True)))
     assert tokens_per_question([first, Trace(task=task, turns=(turn(2, committed=True),))]) == (7 + 2) / 2
-
-
-def test_pass_at_k_is_the_chance_of_a_right_one_among_k_drawn():
-    assert pass_at_k(4, 2, 1) == pytest.approx(0.5)
-    assert pass_at_k(4, 2, 2) == pytest.approx(1 - 1 / 6)  # one of the 6 pairs holds no right try
-    assert pass_at_k(4, 2, 3) == 1.0
-    assert pass_at_k(4, 0, 4) == 0.0
-    with pytest.raises(ValueError, match="k=5"):
-        pass_at_k(4, 2, 5)
