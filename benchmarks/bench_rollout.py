@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import transformers
+from reporting import alternate, cost_row, cpu_seconds, report
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.reporting import alternate, cost_row, cpu_seconds, report
 from mas_hpc.models.attention import prepare
 from mas_hpc.rollout.engine import Request, SamplingParams
 from mas_hpc.rollout.native.engine import NativeEngine

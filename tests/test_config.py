@@ -96,7 +96,7 @@ def test_the_empty_config_is_the_embedded_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
 def test_shipped_configs_are_valid(file: Path) -> None:
-    load_config(file)
+    assert load_config(file).name == file.stem, "the run folder is named like the file"
 
 
 @pytest.mark.parametrize(
