@@ -76,13 +76,13 @@ def compare(seed: int, team: Rows, alone: Rows, as_team: Rows) -> list[Row]:
             "the team before training": team[f"team, before training, {t}"],
             "its own solver alone": team[f"solver alone, after, {t}"],
             "solver trained alone, equal sampled tokens": alone[f"team, after training, {t}"],
-            "team of the model whose solver was trained alone": as_team[f"team, before training, {t}"],
+            "team of the model whose solver was trained alone": as_team[f"team, {t}"],
         }
-        for rows_of, suffix in ((team, ""), (as_team, ", solver trained alone")):
-            phase = "after" if rows_of is team else "before"
+        after = {key: row for key, row in team.items() if key.endswith(f"after, {t}")}
+        for rows_of, suffix in ((after, ""), (as_team, ", solver trained alone")):
             for key, row in rows_of.items():
-                if t in key and phase in key and key.startswith(("majority", "best")):
-                    peers[row["name"].removesuffix(f", {phase}") + suffix] = row
+                if key.endswith(t) and key.startswith(("majority", "best")):
+                    peers[row["name"].removesuffix(", after") + suffix] = row
         trained = team[f"team, after training, {t}"]
         rows += [accuracy_row(f"seed {seed}, {t}", trained, peer, row) for peer, row in peers.items()]
     return rows

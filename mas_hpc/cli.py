@@ -1,4 +1,4 @@
-"""mas-hpc <command>: a thin face over run.py. Heavy imports wait until a command needs them."""
+"""mas-hpc <command>: a thin face over run.py and phases.py. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 
     def job(run: Run) -> None:
         run = phases.warm_up(run)
-        _finish(run, phases.evaluate(run, "before"))
+        _finish(run, phases.evaluate(run, ""))
 
     _with_run(_load(config, overrides), job)
 
@@ -199,7 +199,7 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         typer.secho(
-            f"error: {error.filename or 'file'}: {error.strerror}; what was written before is intact",
+            f"error: {error.filename or 'file'}: {error.strerror or error}; what was written before is intact",
             fg="red",
             err=True,
         )

@@ -255,7 +255,7 @@ class ATGRPOConfig(Optimization):
     balance_verdicts: Annotated[float, Field(ge=0.0)] = 3.0
     """Largest weight of a rare truth class on verdict advantages (0.5 / class share, at most this); 0: no balancing."""
     break_penalty: Annotated[float, Field(ge=0.0)] = 0.5
-    """A reviser that breaks a right answer: its local reward is minus this."""
+    """An answer that breaks a right one earns minus this; with std, the advantages of its group are 1 + this as large."""
     clip_low: PositiveFloat = 0.2
     """PPO clip below 1."""
     clip_high: PositiveFloat = 0.2

@@ -165,13 +165,15 @@ def _logger(run: Run, phase: str, steps: int, advance: Callable[[], None]) -> Ca
 
 
 def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
-    """The team and its controls on the held-out questions, at every configured temperature."""
+    """The team and its controls on the held-out questions, at every temperature; phase before, after or "" (no training)."""
     settings = run.config.evaluation
     tasks = run.test_tasks[: settings.num_tasks]
     rows: list[benchmark.Row] = []
     for temperature in settings.temperatures:
         sampling = Sampling(temperature=temperature, top_p=run.config.rollout.top_p, top_k=run.config.rollout.top_k)
-        traces = play_all(run, tasks, how_to_play(run, sampling, settings.seed), label=f"{phase}-T{temperature:g}")
+        traces = play_all(
+            run, tasks, how_to_play(run, sampling, settings.seed), label=f"{phase or 'evaluate'}-T{temperature:g}"
+        )
         balance = planted_verdicts(run, tasks, sampling)
         team = benchmark.team_row(traces, phase=phase, temperature=temperature, verdicts=balance)
         failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from ruamel.yaml import YAML
@@ -75,7 +74,6 @@ def build(config: RunConfig, world: World, console: Console) -> Run:
     """Load tasks and model, make the run folder, write the resolved config. Raises ConfigError, DataError, CheckpointError."""
     check_world(config, world)
     train_tasks, test_tasks = load_tasks(config.data)
-    torch.manual_seed(config.seed)
     with console.status(f"loading {config.model.path} ..."):
         model, tokenizer = load_model(config.model, seed=config.seed)
     team = build_team(config.team, config, tokenizer)

@@ -29,7 +29,7 @@ class Row:
 
     name: str
     phase: str
-    """before or after the method's training: the team; control: what it is compared with."""
+    """before or after training: the team; control: what it is compared with; "" for a team that is only evaluated."""
     temperature: float
     right: tuple[bool, ...]
     """One entry a question, in the same order in every row."""
@@ -52,7 +52,7 @@ def team_row(traces: Sequence[Trace], *, phase: str, temperature: float, verdict
     """The team's own answers; `verdicts` is how its judges do on planted answers."""
     right = tuple(trace.reward == 1.0 for trace in traces)
     return Row(
-        name=f"team, {phase} training",
+        name=f"team, {phase} training" if phase else "team",
         phase=phase,
         temperature=temperature,
         right=right,
@@ -65,7 +65,7 @@ def first_speaker_row(traces: Sequence[Trace], *, phase: str, temperature: float
     """The team's first agent alone: the first turns of the team's own traces."""
     first = [trace.path[0] for trace in traces]
     return Row(
-        name=f"{first[0].agent} alone, {phase}",
+        name=_control(f"{first[0].agent} alone", phase),
         phase="control",
         temperature=temperature,
         right=tuple(bool(turn.truth) for turn in first),
@@ -79,7 +79,7 @@ def vote_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
     right = tuple(grade(trace.task, majority(turn.answer for turn in trace.turns)) for trace in traces)
     size = len(traces[0].turns)
     return Row(
-        name=f"majority vote of {size}, {phase}", phase="control", temperature=temperature, right=right,
+        name=_control(f"majority vote of {size}", phase), phase="control", temperature=temperature, right=right,
         tokens_per_question=tokens_per_question(traces), verdicts={},
     )  # fmt: skip
 
@@ -90,11 +90,15 @@ def best_of_n_row(tries: Sequence[Sequence[Trace]], *, phase: str, temperature: 
     `tries[question]` are the tries that were made. Tokens count answers and verdicts.
     """
     return Row(
-        name=f"best of {max(map(len, tries))} by own critic, {phase}", phase="control", temperature=temperature,
+        name=_control(f"best of {max(map(len, tries))} by own critic", phase), phase="control", temperature=temperature,
         right=tuple(made[-1].reward == 1.0 for made in tries),
         tokens_per_question=fmean(sum(trace.num_completion_tokens for trace in made) for made in tries),
         verdicts={},
     )  # fmt: skip
+
+
+def _control(name: str, phase: str) -> str:
+    return f"{name}, {phase}" if phase else name
 
 
 def equal_budget(team_tokens: float, tokens_per_try: float) -> int:
@@ -103,7 +107,7 @@ def equal_budget(team_tokens: float, tokens_per_try: float) -> int:
 
 
 def verdict_balance(traces: Sequence[Trace]) -> dict[str, VerdictBalance]:
-    """Per agent that speaks last: its verdicts against the truth. A failed turn counts as unreadable."""
+    """Per agent that speaks last: its verdicts against the truth; a failed turn is an unreadable verdict."""
     pairs: dict[str, list[tuple[bool | None, bool]]] = {}
     for trace in traces:
         turn = trace.path[-1]

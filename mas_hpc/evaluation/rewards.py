@@ -21,11 +21,12 @@ class VerifiableJudge:
     break_penalty: float = 0.0
 
     def score(self, task: Task, team: Team, path: Sequence[Turn], turn: Turn) -> Turn:
-        """Return the turn with its truth and local reward; a failed turn has neither."""
-        if turn.finish == "error":
-            return turn
+        """Return the turn with its truth and local reward; a failed turn has no reward, and no truth if it gives an answer."""
         before = grade(task, team.answer(path))
-        if team.agents[turn.agent].role.produces == "verdict":
+        judges = team.agents[turn.agent].role.produces == "verdict"
+        if turn.finish == "error":
+            return replace(turn, truth=before) if judges else turn
+        if judges:
             return replace(turn, truth=before, local_reward=float(turn.verdict is not None and turn.verdict == before))
         right = grade(task, turn.answer)
         return replace(turn, truth=right, local_reward=-self.break_penalty if before and not right else float(right))

@@ -195,3 +195,10 @@ def test_pipelines_without_a_loop_end_after_the_last_agent() -> None:
     ]
     assert Pipeline(agents=("a", "b")).next_speakers(spoken[:1]) == ("b",)
     assert Pipeline(agents=("a", "b")).next_speakers(spoken) == ()
+
+
+def test_a_failed_verdict_keeps_the_class_of_what_it_was_asked_about(team: Team, task: Task, tokenizer) -> None:
+    broken = Completion(token_ids=(), logprobs=(), text="", finish="error", error="prompt is longer than the context")
+    script = {"solver": RIGHT, "critic": broken, "reviser": RIGHT, "verifier": "===+"}
+    trace, _ = run(team, task, tokenizer, Sampling(temperature=1.0), lambda request: script[request.policy])
+    assert (trace.path[1].truth, trace.path[1].verdict, trace.path[1].reward) == (True, None, None)

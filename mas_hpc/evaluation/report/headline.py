@@ -70,7 +70,7 @@ def _gain(paired: Paired) -> str:
 
 def _teams(rows: Sequence[Row]) -> list[Row]:
     """The team's rows: trained if it was trained, else as it was measured."""
-    return [row for row in rows if row.phase == "after"] or [row for row in rows if row.phase == "before"]
+    return [row for row in rows if row.phase == "after"] or [row for row in rows if row.phase != "control"]
 
 
 def _winners(rows: Sequence[Row]) -> list[str]:
