@@ -1,4 +1,4 @@
-"""mas-hpc <command>: a thin face over run.py and phases.py. Heavy imports wait until a command needs them."""
+"""mas-hpc <command>: a thin face over run.py and phases/. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ def pipeline(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mas-hpc pipeline configs/quickstart.yaml seed=1
     """
-    from mas_hpc import phases
+    from mas_hpc.phases import evaluation, training
 
     def job(run: Run) -> None:
-        run = phases.warm_up(run)
-        before = phases.evaluate(run, "before")
-        phases.train(run)
-        _finish(run, [*before, *phases.evaluate(run, "after")])
+        run = training.warm_up(run)
+        before = evaluation.evaluate(run, "before")
+        training.train(run)
+        _finish(run, [*before, *evaluation.evaluate(run, "after")])
 
-    _with_run(_trainable(_load(config, overrides)), job)
+    _with_run(_playable(_trainable(_load(config, overrides)), pipeline=True), job)
 
 
 @app.command()
@@ -72,10 +72,10 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mas-hpc train configs/at_grpo.yaml method.steps=20
     """
-    from mas_hpc import phases
+    from mas_hpc.phases import training
 
     def job(run: Run) -> None:
-        phases.train(phases.warm_up(run))
+        training.train(training.warm_up(run))
         _report(run)
 
     _with_run(_trainable(_load(config, overrides)), job)
@@ -87,13 +87,13 @@ def rollout(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mas-hpc rollout configs/mas.yaml data.path=gsm8k/test.jsonl rollout.num_tasks=8
     """
-    from mas_hpc import phases
+    from mas_hpc.phases import evaluation, training
 
     def job(run: Run) -> None:
-        phases.rollout(phases.warm_up(run))
+        evaluation.rollout(training.warm_up(run))
         _report(run)
 
-    _with_run(_load(config, overrides), job)
+    _with_run(_playable(_load(config, overrides)), job)
 
 
 @app.command()
@@ -102,13 +102,13 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mas-hpc evaluate configs/mas.yaml data.path=gsm8k/test.jsonl evaluation.num_tasks=20
     """
-    from mas_hpc import phases
+    from mas_hpc.phases import evaluation, training
 
     def job(run: Run) -> None:
-        run = phases.warm_up(run)
-        _finish(run, phases.evaluate(run, ""))
+        run = training.warm_up(run)
+        _finish(run, evaluation.evaluate(run, ""))
 
-    _with_run(_load(config, overrides), job)
+    _with_run(_playable(_load(config, overrides)), job)
 
 
 @app.command()
@@ -155,6 +155,16 @@ def _trainable(config: RunConfig) -> RunConfig:
     return config
 
 
+def _playable(config: RunConfig, *, pipeline: bool = False) -> RunConfig:
+    from mas_hpc.errors import ConfigError
+
+    if config.unplayable:
+        raise ConfigError(config.unplayable)
+    if pipeline and config.method.kind in ("rm", "prm"):
+        raise ConfigError(f"method.kind={config.method.kind}: a reward model plays no episodes to evaluate; use mas-hpc train")
+    return config
+
+
 def _with_run(config: RunConfig, job: Any) -> None:
     """Join the ranks, build the run and do the job; say where the traces are when it is interrupted."""
     from rich.console import Console
@@ -174,10 +184,10 @@ def _with_run(config: RunConfig, job: Any) -> None:
 
 
 def _finish(run: Run, rows: Any) -> None:
-    from mas_hpc import phases
+    from mas_hpc.phases import evaluation
     from mas_hpc.plan import print_results
 
-    results = phases.write_results(run, rows)
+    results = evaluation.write_results(run, rows)
     if run.world.is_first:
         print_results(run.console, results)
     _report(run)

@@ -8,18 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
-class Section(BaseModel):
-    """A group of knobs with one owner."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+from mas_hpc.config_methods import (
+    ATGRPOConfig,
+    Count,
+    MethodConfig,
+    OfflineConfig,
+    Positive,
+    PositiveFloat,
+    ProcessRewardConfig,
+    Section,
+    SFTConfig,
+)
 
 
 class ModelConfig(Section):
@@ -43,6 +44,8 @@ class ModelConfig(Section):
     """Standard deviation of the tiny model's initial weights; 0.02 learns several times slower at this size."""
     max_tree_tokens: Positive = 16384
     """Tree tokens of one forward and backward pass; larger batches are split into forests."""
+    activation_checkpointing: bool = False
+    """Keep one activation a layer and compute the others again in the backward pass: less memory, a third more time."""
 
 
 class AdapterConfig(Section):
@@ -56,6 +59,8 @@ class AdapterConfig(Section):
     """LoRA rank."""
     alpha: PositiveFloat = 16.0
     """LoRA scale numerator: the update is multiplied by alpha / rank."""
+    rank_stabilized: bool = False
+    """Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
     scope: Literal["sequence", "speaker"] = "sequence"
     """sequence: the adapter covers prompt and completion; speaker: each token is adapted by the agent that wrote it."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -135,10 +140,40 @@ class JsonlConfig(TaskSetConfig):
     """math: numbers and expressions compared by value; exact: text compared after trimming."""
 
 
-DataConfig = Annotated[
-    RingConfig | AdditionConfig | ReasoningGymConfig | Gsm8kConfig | MathConfig | JsonlConfig,
-    Field(discriminator="kind"),
-]
+class RecordConfig(TaskSetConfig):
+    """Training data as rows: there is no question to play an episode on, only records to learn from."""
+
+    path: str
+    """Folder with train and test files, one file (jsonl, json or parquet; it is split), or a hub name."""
+    max_length: Count = 0
+    """Records of more tokens are left out and counted; 0: no limit."""
+
+
+class DocumentsConfig(RecordConfig):
+    """Texts for SFT: `messages`, `prompt` and `completion`, or `text` (TRL's formats)."""
+
+    kind: Literal["documents"] = "documents"
+    """Name of the variant."""
+
+
+class PreferencesConfig(RecordConfig):
+    """Pairs `chosen` and `rejected` (with `prompt`, or an implicit one), or unpaired `prompt`, `completion`, `label`."""
+
+    kind: Literal["preferences"] = "preferences"
+    """Name of the variant."""
+
+
+class StepsConfig(RecordConfig):
+    """Solutions with a judgement a step: `prompt`, `completions`, `labels`; PRM800K phase 1; ProcessBench for the test."""
+
+    kind: Literal["steps"] = "steps"
+    """Name of the variant."""
+    separator: str = "\n\n"
+    """What ends a step; its score is read there. The tiny model's steps are single characters."""
+
+
+TaskConfig = RingConfig | AdditionConfig | ReasoningGymConfig | Gsm8kConfig | MathConfig | JsonlConfig
+DataConfig = Annotated[TaskConfig | DocumentsConfig | PreferencesConfig | StepsConfig, Field(discriminator="kind")]
 
 
 class AgentConfig(Section):
@@ -191,82 +226,6 @@ class RolloutConfig(Section):
     """Questions that `mas-hpc rollout` runs."""
 
 
-class Optimization(Section):
-    """AdamW and its schedule."""
-
-    steps: Count
-    learning_rate: PositiveFloat
-    beta1: Fraction = 0.9
-    """AdamW first-moment decay."""
-    beta2: Fraction = 0.95
-    """AdamW second-moment decay."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """AdamW decoupled weight decay."""
-    warmup_steps: Count = 5
-    """Steps of linear warm-up."""
-    decay_fraction: Fraction = 1.0
-    """Share of the steps, at the end, over which the rate falls linearly to min_ratio."""
-    min_ratio: Fraction = 0.05
-    """Last learning rate over the peak."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradient norm limit, per policy."""
-
-
-class SFTConfig(Optimization):
-    """Supervised fine-tuning on role transcripts that the project writes from the task set."""
-
-    kind: Literal["sft"] = "sft"
-    """Name of the variant."""
-    steps: Count = 300
-    """Optimizer steps."""
-    learning_rate: PositiveFloat = 2e-3
-    """Peak learning rate."""
-    batch_size: Positive = 32
-    """Transcripts a step."""
-    wrong_rate: Fraction = 0.5
-    """Share of answers that the demonstrator gets wrong at a random place, so that checking is learnt; not trained on."""
-    slip_rate: Fraction = 0.0
-    """Share of answers with the demonstrator's habitual slip; trained on: this is the habit that RL has to unlearn."""
-
-
-class ATGRPOConfig(Optimization):
-    """Agent- and turn-wise GRPO with tree sampling (arXiv 2510.11062, section 4.1)."""
-
-    kind: Literal["at_grpo"] = "at_grpo"
-    """Name of the variant."""
-    steps: Count = 100
-    """Batches of rollouts."""
-    learning_rate: PositiveFloat = 4e-4
-    """Peak learning rate."""
-    tasks_per_step: Positive = 16
-    """Questions a step."""
-    group_size: Annotated[int, Field(ge=2)] = 8
-    """K: candidates sampled from one state for every (task, agent, turn)."""
-    commit: Literal["sampled", "best"] = "sampled"
-    """Which sibling the episode continues from; best starves later roles of wrong states."""
-    alpha: Annotated[float, Field(ge=0.0)] = 0.0
-    """Weight of the team reward beside the role's local reward."""
-    team_rollouts: Count = 0
-    """Continuations that value a sibling's team reward; 0: the shared outcome, which group centring erases."""
-    normalize: Literal["std", "mean"] = "std"
-    """std: advantage = (r - mean) / (std + 1e-4); mean: r - mean."""
-    agent_weights: dict[str, float] = {}
-    """Factor on an agent's advantages, by agent name; 1 where absent."""
-    balance_verdicts: Annotated[float, Field(ge=0.0)] = 3.0
-    """Largest weight of a rare truth class on verdict advantages (0.5 / class share, at most this); 0: no balancing."""
-    break_penalty: Annotated[float, Field(ge=0.0)] = 0.5
-    """An answer that breaks a right one earns minus this; with std, the advantages of its group are 1 + this as large."""
-    clip_low: PositiveFloat = 0.2
-    """PPO clip below 1."""
-    clip_high: PositiveFloat = 0.2
-    """PPO clip above 1."""
-    updates_per_batch: Positive = 1
-    """Optimizer steps on each batch of rollouts."""
-
-
-MethodConfig = Annotated[SFTConfig | ATGRPOConfig, Field(discriminator="kind")]
-
-
 class EvaluationConfig(Section):
     """How the team is measured, always beside its controls."""
 
@@ -310,12 +269,19 @@ class RunConfig(Section):
     def untrainable(self) -> str:
         """Why the method cannot train with this sampling; empty when it can. Rollout and evaluation may sample as they like."""
         sampling = self.rollout
-        if isinstance(self.method, SFTConfig) or (sampling.top_p == 1 and sampling.top_k == 0 and sampling.temperature > 0):
+        if isinstance(self.method, OfflineConfig) or (sampling.top_p == 1 and sampling.top_k == 0 and sampling.temperature > 0):
             return ""
         return (
             f"rollout.top_p={sampling.top_p:g}, rollout.top_k={sampling.top_k}, rollout.temperature={sampling.temperature:g}: "
             "training needs top_p=1, top_k=0 and temperature > 0, or the ratio compares different distributions"
         )
+
+    @property
+    def unplayable(self) -> str:
+        """Why no episode can be played on this data; empty when one can."""
+        if not isinstance(self.data, RecordConfig):
+            return ""
+        return f"data.kind={self.data.kind}: rows to learn from, not questions to answer; use mas-hpc train, or other data"
 
     @model_validator(mode="after")
     def _across_sections(self) -> RunConfig:
@@ -328,9 +294,21 @@ class RunConfig(Section):
             unknown = sorted(set(self.method.agent_weights) - set(names))
             if unknown:
                 raise ValueError(f"method.agent_weights: no agent {unknown}; expected names among {names}")
+        self._check_data()
         if isinstance(self.data, RingConfig) and (self.data.num_digits % 2 == 0 or self.data.modulus % 2):
             raise ValueError("data.num_digits must be odd and data.modulus even: otherwise every first digit, or none, works")
         return self
+
+    def _check_data(self) -> None:
+        kind, method = self.data.kind, self.method.kind
+        fits = {"documents": ("sft",), "preferences": ("rm", "dpo"), "steps": ("prm",)}
+        if isinstance(self.data, RecordConfig) and method not in fits[kind]:
+            wanted = next((name for name, methods in fits.items() if method in methods), "a task set such as ring or gsm8k")
+            raise ValueError(f"data.kind={kind}: method.kind={method} cannot learn from it; set data.kind to {wanted}")
+        if self.warm_start and kind == "steps":
+            raise ValueError("data.kind=steps: it has no demonstrations for a warm start; set warm_start=null")
+        if isinstance(self.method, ProcessRewardConfig) and kind not in ("ring", "steps"):
+            raise ValueError(f"data.kind={kind}: method.kind=prm needs judged steps; set data.kind=steps, or ring")
 
     @model_validator(mode="after")
     def _no_idle_knobs(self) -> RunConfig:

@@ -14,6 +14,9 @@ from ruamel.yaml.error import YAMLError
 from mas_hpc.config import RunConfig, Section
 from mas_hpc.errors import ConfigError
 
+ROWS_OF = {"rm": "preferences", "dpo": "preferences", "prm": "steps"}
+"""Kind of data that `data.path` alone stands for, by method; gsm8k for the others."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML 1.2 file, apply `a.b=value` overrides, validate. Raises ConfigError naming key, value and remedy."""
@@ -26,6 +29,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
     for override in overrides:
         _apply(raw, override)
+    _choose_data(raw, keep_warm_start=any(override.startswith("warm_start") for override in overrides))
     return validate(raw)
 
 
@@ -54,7 +58,22 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"{override!r}: {section} is a value, not a section")
         raw = child
-    raw[leaf] = _parse_yaml(text, override)
+    value = _parse_yaml(text, override)
+    if leaf == "kind" and raw.get("kind", value) != value:
+        raw.clear()  # another variant has other keys
+    raw[leaf] = value
+
+
+def _choose_data(raw: dict[str, Any], *, keep_warm_start: bool) -> None:
+    """data.path alone means the rows that the method learns from, instead of the file's generator and its warm start."""
+    data, method = raw.get("data"), raw.get("method")
+    if not isinstance(data, dict) or "path" not in data or data.get("kind", "ring") not in ("ring", "addition"):
+        return
+    kind = str(method.get("kind")) if isinstance(method, dict) else ""
+    sizes = {key: data[key] for key in ("path", "num_train", "num_test", "seed") if key in data}
+    raw["data"] = {"kind": ROWS_OF.get(kind, "gsm8k"), **sizes}
+    if not keep_warm_start:
+        raw.pop("warm_start", None)
 
 
 def _tuples(value: Any) -> Any:
@@ -78,6 +97,8 @@ def _explain(problem: Any) -> str:
         return message
     if problem["type"] == "missing":
         return f"{where}: required, and absent; add {where}=..."
+    if isinstance(problem["input"], dict) and problem["type"] == "value_error":
+        return f"{where}.{message}"  # about keys of the section, which the message names
     return f"{where}={problem['input']!r}: {message}"
 
 
@@ -111,6 +132,12 @@ def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 
+def _meaning(section: type[Section], name: str) -> str:
+    """The line under the field, or under the one that it overrides."""
+    bases = (base for base in section.__mro__ if issubclass(base, Section) and name in base.model_fields)
+    return next((text for base in bases if (text := base.model_fields[name].description)), "")
+
+
 def knobs() -> list[tuple[str, str, str, str]]:
     """All leaf knobs as (key, type, default, meaning), in the order of this file."""
     rows = []
@@ -124,7 +151,7 @@ def knobs() -> list[tuple[str, str, str, str]]:
                     walk(child, f"{prefix}{name}.", f" ({_kind(child)})" if len(inner) > 1 else "")
                 continue
             default = "required" if field.is_required() else repr(field.default)
-            rows.append((f"{prefix}{name}{variant}", kind, default, field.description or ""))
+            rows.append((f"{prefix}{name}{variant}", kind, default, _meaning(section, name)))
             for child in inner:
                 walk(child, f"{prefix}{name}[].", "")
 

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mas_hpc.config import ATGRPOConfig, RunConfig
+from mas_hpc.config import RecordConfig, RunConfig
 from mas_hpc.config_file import knobs
+from mas_hpc.config_methods import GroupConfig, OfflineConfig
 
 
 def print_plan(config: RunConfig) -> None:
@@ -29,31 +30,42 @@ def print_plan(config: RunConfig) -> None:
 
 def plan(config: RunConfig) -> list[tuple[str, str]]:
     """(phase, what it does) in order."""
-    agents = " -> ".join(agent.name for agent in config.team.agents)
+    agents = " -> ".join(agent.name for agent in config.team.agents[: 1 if config.team.topology == "single" else None])
     data = config.data
+    noun = "records" if isinstance(data, RecordConfig) else "questions"
     rows = [
         ("model", f"{config.model.path}, {config.model.dtype}, policies {config.adapters.policies}"),
-        ("data", f"{data.kind}: {data.num_train} training and {data.num_test} held-out questions"),
+        ("data", f"{data.kind}: {data.num_train} training and {data.num_test} held-out {noun}"),
         ("team", f"{config.team.topology}: {agents}, at most {config.team.max_revisions} revision(s)"),
     ]
     if config.warm_start:
         rows.append(("warm start", f"SFT, {config.warm_start.steps} steps of {config.warm_start.batch_size} transcripts"))
-    method = config.method
-    if isinstance(method, ATGRPOConfig):
-        calls = method.tasks_per_step * method.group_size * len(config.team.agents)
-        rows.append(
-            ("train", f"AT-GRPO, {method.steps} steps; a step: {method.tasks_per_step} tasks x K={method.group_size} x "
-             f"{len(config.team.agents)} agents = {calls} completions or more")
-        )  # fmt: skip
-    else:
-        rows.append(("train", f"SFT, {method.steps} steps of {method.batch_size} transcripts"))
+    rows.append(("train", _training(config)))
     if config.untrainable:
         rows[-1] = ("train", f"refused: {config.untrainable}")
     temperatures = ", ".join(f"{temperature:g}" for temperature in config.evaluation.temperatures)
     num_test = min(config.evaluation.num_tasks, data.num_test)
+    if noun == "records":
+        return [*rows, ("held out", f"{num_test} records, before and after training")]
     beside = " beside equal-token controls" if config.evaluation.controls else ""
     rows.append(("evaluate", f"{num_test} held-out questions, temperatures {temperatures}{beside}"))
     return rows
+
+
+def _training(config: RunConfig) -> str:
+    """The method with the size of a step."""
+    method = config.method
+    name = f"{method.kind}, {method.steps} steps"
+    if isinstance(method, OfflineConfig):
+        return f"{name} of {method.batch_size} examples"
+    times = method.group_size if isinstance(method, GroupConfig) else 1
+    speakers = 1 if config.team.topology == "single" else len(config.team.agents)
+    calls = method.tasks_per_step * times * speakers
+    updates = method.updates_per_batch * method.minibatches
+    return (
+        f"{name}; a step: {method.tasks_per_step} tasks x {times} x {speakers} agents = {calls} completions or more, "
+        f"{updates} update(s)"
+    )
 
 
 def print_knobs() -> None:

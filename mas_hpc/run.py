@@ -14,7 +14,8 @@ from ruamel.yaml import YAML
 from mas_hpc.agents.agent import Agent
 from mas_hpc.agents.role import ROLES
 from mas_hpc.agents.template import ChatTemplate, CompactTemplate, Template
-from mas_hpc.config import AdapterConfig, ATGRPOConfig, RunConfig, TeamConfig
+from mas_hpc.config import AdapterConfig, RecordConfig, RunConfig, TeamConfig
+from mas_hpc.config_methods import OnlineConfig
 from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.exchange import gather_lines
@@ -22,13 +23,15 @@ from mas_hpc.distributed.world import World
 from mas_hpc.errors import ConfigError, MasHpcError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.adapters import AdapterBank
-from mas_hpc.models.load import load_model
+from mas_hpc.models.heads import ScalarHead
+from mas_hpc.models.load import checkpoint_activations, load_model
 from mas_hpc.orchestration.collect import collect
 from mas_hpc.orchestration.episode import Play, Team
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.orchestration.topology import Pipeline, Single, Topology
 from mas_hpc.rollout.native.engine import NativeEngine
 from mas_hpc.training.log import MetricsLog
+from mas_hpc.training.network import Network
 from mas_hpc.types import Task, Trace, Turn
 
 
@@ -53,7 +56,15 @@ class Run:
     def judge(self) -> VerifiableJudge:
         """Ground truth for rewards."""
         method = self.config.method
-        return VerifiableJudge(break_penalty=method.break_penalty if isinstance(method, ATGRPOConfig) else 0.0)
+        return VerifiableJudge(break_penalty=method.break_penalty if isinstance(method, OnlineConfig) else 0.0)
+
+    def network(self, *, head: ScalarHead | None = None, temperature: float = 1.0) -> Network:
+        """The model and its adapters as the trainer sees them."""
+        return Network(
+            model=self.model, bank=self.bank, head=head, scope=self.config.adapters.scope,
+            max_tree_tokens=self.config.model.max_tree_tokens, temperature=temperature,
+            checkpointing=self.config.model.activation_checkpointing,
+        )  # fmt: skip
 
     def progress(self, title: str, total: int, *, shown: bool = True) -> tuple[Progress, Callable[[], None]]:
         """A progress bar of the first rank, and what advances it by one; not shown inside another."""
@@ -73,9 +84,11 @@ class Run:
 def build(config: RunConfig, world: World, console: Console) -> Run:
     """Load tasks and model, make the run folder, write the resolved config. Raises ConfigError, DataError, CheckpointError."""
     check_world(config, world)
-    train_tasks, test_tasks = load_tasks(config.data)
+    train_tasks, test_tasks = ((), ()) if isinstance(config.data, RecordConfig) else load_tasks(config.data)
     with console.status(f"loading {config.model.path} ..."):
         model, tokenizer = load_model(config.model, seed=config.seed)
+    if config.model.activation_checkpointing:
+        checkpoint_activations(model)
     team = build_team(config.team, config, tokenizer)
     folder = claim_folder(config.folder, world)
     if world.is_first:
@@ -91,7 +104,7 @@ def build(config: RunConfig, world: World, console: Console) -> Run:
 def check_world(config: RunConfig, world: World) -> None:
     """Refuse a number of ranks that the batch does not divide into."""
     method = config.method
-    if isinstance(method, ATGRPOConfig) and method.tasks_per_step % world.size:
+    if isinstance(method, OnlineConfig) and method.tasks_per_step % world.size:
         below = method.tasks_per_step // world.size * world.size
         nearest = [size for size in (below, below + world.size) if size]
         raise ConfigError(
@@ -161,6 +174,7 @@ def with_adapters(run: Run) -> Run:
         policies,
         rank=settings.rank,
         alpha=settings.alpha,
+        rank_stabilized=settings.rank_stabilized,
         target_modules=settings.target_modules,
         seed=run.config.seed,
     )
@@ -181,7 +195,7 @@ def play_all(
     run: Run, tasks: Sequence[Task], how: Play, *, label: str, step: int = 0, keep: bool = True, bar: bool = True,
     starts: Sequence[Sequence[Turn]] = (),
 ) -> list[Trace]:  # fmt: skip
-    """Play one episode a task, shared out over the ranks; every rank gets all traces, in the order of the tasks.
+    """Play `sampling.episodes` of each task, shared out over the ranks; all get all traces, in the order of the tasks.
 
     With `keep`, each trace goes to this rank's file under traces/ as soon as it ends; without, only if the run is
     interrupted or fails before the caller has them.
@@ -191,7 +205,7 @@ def play_all(
     suffix = f".rank{run.world.rank}" if run.world.size > 1 else ""
     file = run.folder / "traces" / f"{label}{suffix}.jsonl"
     held: list[Trace] = []
-    progress, advance = run.progress(label, len(mine), shown=bar)
+    progress, advance = run.progress(label, len(mine) * how.sampling.episodes, shown=bar)
 
     def on_trace(trace: Trace) -> None:
         held.append(trace)
@@ -205,18 +219,18 @@ def play_all(
             traces = collect(
                 run.engine, mine, how, step=step, label=label, max_live=live, on_trace=on_trace, starts=starts[turn]
             )
-            return traces if run.world.size == 1 else _gather(run.world, traces, len(tasks))
+            return traces if run.world.size == 1 else _gather(run.world, traces, len(tasks), how.sampling.episodes)
     except (KeyboardInterrupt, MasHpcError):
         if not keep:
             trace_store.write(file, held)
         raise
 
 
-def _gather(world: World, traces: Sequence[Trace], num_tasks: int) -> list[Trace]:
+def _gather(world: World, traces: Sequence[Trace], num_tasks: int, episodes: int) -> list[Trace]:
     """All ranks' traces in the order of the tasks, which were dealt out in turn."""
     lines = gather_lines(world, [trace_store.to_json(trace) for trace in traces])
     gathered = iter(trace_store.from_json(line) for line in lines)
-    ordered: dict[int, Trace] = {}
+    ordered: dict[int, list[Trace]] = {}
     for rank in range(world.size):
-        ordered |= {number: next(gathered) for number in range(rank, num_tasks, world.size)}
-    return [ordered[number] for number in range(num_tasks)]
+        ordered |= {number: [next(gathered) for _ in range(episodes)] for number in range(rank, num_tasks, world.size)}
+    return [trace for number in range(num_tasks) for trace in ordered[number]]

@@ -5,12 +5,25 @@ A question opens a tree; each turn (one model call by one agent) is a node of it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 Finish = Literal["stop", "length", "error"]
 Span = tuple[str, int]  # (policy that wrote the tokens, "" for prompts and cues; number of tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message of a conversation.
+
+    Example: Message(role="user", content="What is 6 x 7?")
+    """
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,3 +142,11 @@ class Sample:
     """Per sequence, shared by its tokens; 1 for demonstrations."""
     loss_mask: tuple[bool, ...] = ()
     """Which completion tokens are trained on; empty means all."""
+    label: float = math.nan
+    """Of the sequence: 1 chosen, desirable or right; 0 rejected, undesirable or wrong. A pair is its chosen sample directly
+    followed by its rejected one, of one tree."""
+    margin: float = 0.0
+    """How much better the chosen sample of a pair is; on the chosen one."""
+    columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """More values a completion token, by name: reference_logprob, old_logprob, old_value, return, label (of a step), and
+    advantage, which then replaces the one of the sequence."""

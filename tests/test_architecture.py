@@ -18,6 +18,7 @@ KERNELS = ROOT / "kernels" / "mas_hpc_kernels"
 LEAVES = {"types", "errors", "prefix_tree", "answers"}  # import nothing of ours, and everybody may import them
 ALLOWED = {
     **{leaf: set() for leaf in LEAVES},
+    "config_methods": set(),
     "config": set(),
     "config_file": {"config"},
     "agents": set(),
@@ -56,6 +57,8 @@ def test_units_import_only_what_the_design_allows(file: Path) -> None:
     if unit in FREE | {"__init__"}:
         return
     allowed = ALLOWED[unit] | LEAVES | {unit}
+    if "config" in allowed:
+        allowed |= {"config_methods"}  # the other half of the page
     for module in imported_modules(file):
         if module.startswith("mas_hpc.") and module != "mas_hpc":
             inner = module.removeprefix("mas_hpc.")
@@ -93,10 +96,11 @@ def test_light_modules_leave_torch_out(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_there_are_at_most_eighty_knobs() -> None:
+def test_there_are_few_knobs() -> None:
     keys = {key.split(" (")[0] for key, *_ in knobs()}
     distinct = {key for key in keys if not key.startswith("warm_start.")}  # the same knobs as method (sft)
-    assert len(distinct) <= 80, len(distinct)
+    assert len([key for key in distinct if not key.startswith("method.")]) <= 60, len(distinct)
+    assert len(distinct) <= 125, len(distinct)  # of all seven methods; verl's PPO alone resolves to 878
     assert max(key.count(".") for key in distinct) <= 2
 
 

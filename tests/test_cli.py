@@ -151,7 +151,7 @@ def test_metrics_go_to_tensorboard_when_asked(cli, tmp_path: Path) -> None:
 
 def test_check_prints_the_plan_and_config_the_reference(cli) -> None:
     code, out, _ = cli("check", QUICKSTART)
-    assert code == 0 and "AT-GRPO, 80 steps" in out
+    assert code == 0 and "at_grpo, 80 steps" in out
     code, out, _ = cli("config")
     assert code == 0 and "method.group_size" in out
 

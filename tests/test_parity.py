@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 
 from mas_hpc.config_file import load_config
-from mas_hpc.credit_assignment.assign import num_group_tokens, to_samples
+from mas_hpc.credit_assignment.assign import to_samples
 from mas_hpc.credit_assignment.at_grpo import GroupSettings, at_grpo
 from mas_hpc.data.token_tree import pack
 from mas_hpc.distributed.world import World
 from mas_hpc.orchestration.sampling import Sampling
-from mas_hpc.phases import warm_up
+from mas_hpc.phases.training import warm_up
 from mas_hpc.run import build, how_to_play, play_all
-from mas_hpc.training.forward import forward
+from mas_hpc.training.share import Totals
 from mas_hpc.types import Trace
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -45,16 +45,17 @@ def test_engine_and_trainer_give_the_same_logprobs(tmp_path: Path, adapters: str
     traces = play_all(run, run.train_tasks, how, label="parity", keep=False)
     rewarded = [turn.reward for trace in traces for turn in trace.turns]
     assert len(rewarded) == 8 * 4 * 3
-    credited = at_grpo(traces, GroupSettings(group_size=3, normalize="mean", agent_weights={}))
-    assert num_group_tokens(credited) == sum(len(turn.completion_ids) for trace in traces for turn in trace.turns)
+    credited = at_grpo(traces, GroupSettings(group_size=3, advantage="group_mean", agent_weights={}))
     samples = to_samples([with_credit(trace) for trace in credited])
-    assert len(samples) == len(rewarded)
+    assert Totals.of(samples) == Totals(
+        num_tokens=sum(len(turn.completion_ids) for trace in traces for turn in trace.turns), num_samples=len(rewarded)
+    )
     tree = pack(samples, adapters=run.bank.index if run.bank else {}, scope=config.adapters.scope)
-    with torch.no_grad():
-        logprob_N, _ = forward(run.model, tree, bank=run.bank, temperature=temperature, need_entropy=False)
+    network = run.network(temperature=temperature)
+    with torch.no_grad(), network.run(tree) as outputs:
+        logprob_N = outputs.logprob_N
     torch.testing.assert_close(logprob_N, tree.behavior_logprob_N.to(logprob_N), rtol=0, atol=1e-5)
     if run.bank:
-        base_N, _ = forward(
-            run.model, pack(samples, adapters={}, scope="sequence"), temperature=temperature, need_entropy=False
-        )
-        assert (base_N - logprob_N).abs().max() > 0.1, "the adapters must matter for this test to mean anything"
+        with torch.no_grad(), network.run(tree, base=True) as outputs:
+            apart = (outputs.logprob_N - logprob_N).abs().max()
+        assert apart > 0.1, "the adapters must matter for this test to mean anything"

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from statistics import fmean
-from typing import Literal
 
-from mas_hpc.credit_assignment.group_relative import group_relative
+from mas_hpc.credit_assignment.group_relative import SCALES, GroupAdvantage, group_relative
 from mas_hpc.types import Trace, Turn
 
 GroupKey = tuple[int, str, int]  # (trace number, agent, turn index)
@@ -20,7 +19,7 @@ class GroupSettings:
     """What is not in the traces. Weights apply to advantages: inside one state, standardising erases reward scales."""
 
     group_size: int
-    normalize: Literal["std", "mean"] = "std"
+    advantage: GroupAdvantage = "group"
     agent_weights: Mapping[str, float]
     balance_verdicts: float = 0.0
 
@@ -36,9 +35,10 @@ def at_grpo(traces: Sequence[Trace], settings: GroupSettings) -> list[Trace]:
         _check(key, group, traces[key[0]], settings.group_size)
     turns = [turn for group in whole.values() for turn in group]
     keys = [key for key, group in whole.items() for _ in group]
-    advantages = group_relative([turn.reward or 0.0 for turn in turns], keys, normalize=settings.normalize)
+    baseline, scale = SCALES[settings.advantage]
+    advantages = group_relative([turn.reward for turn in turns], keys, baseline=baseline, scale=scale)
     balance = verdict_weights(turns, limit=settings.balance_verdicts)
-    penalty = {key: penalty_weight(group) if settings.normalize == "std" else 1.0 for key, group in whole.items()}
+    penalty = {key: penalty_weight(group) if scale == "group" else 1.0 for key, group in whole.items()}
     credit = {
         (key[0], turn.id): advantage
         * settings.agent_weights.get(turn.agent, 1.0)

@@ -1,35 +1,29 @@
-"""Task sets: our generators, reasoning-gym by name, GSM8K, MATH and plain jsonl; training and test are disjoint."""
+"""Task sets: our generators, reasoning-gym by name, GSM8K, MATH and plain rows; training and test are disjoint."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
-import logging
-import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from mas_hpc.config import (
     AdditionConfig,
-    DataConfig,
     Gsm8kConfig,
     JsonlConfig,
     MathConfig,
     ReasoningGymConfig,
     RingConfig,
+    TaskConfig,
 )
+from mas_hpc.data.files import Row, hold_out, read_rows
 from mas_hpc.data.puzzles import addition_tasks, ring_tasks
 from mas_hpc.errors import ConfigError, DataError
 from mas_hpc.types import Task
 
 Tasks = tuple[Task, ...]
 FileConfig = Gsm8kConfig | MathConfig | JsonlConfig
-log = logging.getLogger(__name__)
 
 _HASH_DEPENDENT = frozenset(
     ("isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication", "ransom_note", "word_ladder")
@@ -37,7 +31,7 @@ _HASH_DEPENDENT = frozenset(
 """Data sets of reasoning-gym 0.1.25 whose entries follow the order of Python's sets: every process makes others."""
 
 
-def load_tasks(config: DataConfig) -> tuple[Tasks, Tasks]:
+def load_tasks(config: TaskConfig) -> tuple[Tasks, Tasks]:
     """Return (training tasks, test tasks): no question is in both; the same config gives the same tasks.
 
     Generators give exactly num_train and num_test tasks or raise ConfigError. Files give what they have, with a warning
@@ -117,42 +111,13 @@ def _reasoning_gym_tasks(config: ReasoningGymConfig) -> list[Task]:
 # ---- files and hub data sets
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Row:
-    """One line of a data set.
-
-    Example: _Row(split="test", number=1, where="gsm8k/test.jsonl:1", values={"question": "...", "answer": "#### 42"})
-    """
-
-    split: str
-    number: int
-    where: str
-    values: Mapping[str, Any]
-
-
 def _from_rows(config: FileConfig) -> tuple[Tasks, Tasks]:
-    splits = {name: _unique(_to_task(row, config) for row in rows) for name, rows in _read_splits(config).items()}
-    rng = random.Random(config.seed)
-    for tasks in splits.values():
-        rng.shuffle(tasks)
-    if "train" in splits and "test" in splits:
-        test = splits["test"][: config.num_test]
-        taken = {task.question for task in splits["test"]}
-        rest = [task for task in splits["train"] if task.question not in taken]
-    else:
-        (tasks,) = splits.values()
-        test, rest = tasks[: config.num_test], tasks[config.num_test :]
-    train = rest[: config.num_train]
-    if config.num_train and not train:
-        found = sum(map(len, splits.values()))
-        raise DataError(
-            f"data.path={config.path}: {found} different questions, of which data.num_test={config.num_test} leaves "
-            "none for training; lower data.num_test"
-        )
-    for key, found, asked in (("num_train", len(train), config.num_train), ("num_test", len(test), config.num_test)):
-        if found < asked:
-            log.warning("data.path=%s: %d questions for data.%s=%d; using those", config.path, found, key, asked)
-    return tuple(train), tuple(test)
+    splits = read_rows(config.path, hub=not isinstance(config, JsonlConfig))
+    return hold_out(
+        {name: _unique(_to_task(row, config) for row in rows) for name, rows in splits.items()},
+        lambda task: task.question,
+        path=config.path, num_train=config.num_train, num_test=config.num_test, seed=config.seed, noun="questions",
+    )  # fmt: skip
 
 
 def _unique(tasks: Iterable[Task]) -> list[Task]:
@@ -163,84 +128,11 @@ def _unique(tasks: Iterable[Task]) -> list[Task]:
     return list(first.values())
 
 
-def _read_splits(config: FileConfig) -> dict[str, list[_Row]]:
-    """Rows by split name: train and test, or the one split that there is."""
-    path = Path(config.path).expanduser()
-    if path.is_dir():
-        return {split: _read_jsonl(path / f"{split}.jsonl", split) for split in ("train", "test")}
-    looks_local = path.suffix in (".json", ".jsonl") or config.path.startswith((".", "/", "~")) or len(path.parts) > 2
-    if path.is_file() or looks_local or isinstance(config, JsonlConfig):
-        return {path.stem: _read_jsonl(path, path.stem)}
-    return _read_hub(config)
-
-
-def _read_jsonl(file: Path, split: str) -> list[_Row]:
-    if not file.is_file():
-        raise DataError(
-            f"data.path: {file}: no such file; expected one JSON object a line (a folder needs train.jsonl and "
-            f"test.jsonl; a single file is split){_near_names(file)}"
-        )
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        problem = f"{error.reason} at byte {error.start}"
-        raise DataError(f"{file}: not UTF-8 text ({problem}); expected one JSON object a line") from None
-    rows = list(_parse_lines(file, split, lines))
-    if not rows:
-        raise DataError(f"{file}: the file is empty; expected one JSON object a line")
-    return rows
-
-
-def _parse_lines(file: Path, split: str, lines: Sequence[str]) -> Iterator[_Row]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            problem = f"{error.msg} at column {error.colno}"
-            raise DataError(f"{where}: not JSON ({problem}); expected one object a line") from None
-        if not isinstance(values, dict):
-            raise DataError(f"{where}: a JSON {type(values).__name__}; expected one object a line")
-        yield _Row(split=split, number=number, where=where, values=values)
-
-
-def _near_names(file: Path) -> str:
-    folder = file.parent
-    if not folder.is_dir():
-        return f"; there is no folder {folder} either"
-    near = difflib.get_close_matches(file.name, [entry.name for entry in folder.iterdir()], n=3, cutoff=0.4)
-    return f"; perhaps {near}" if near else ""
-
-
-def _read_hub(config: FileConfig) -> dict[str, list[_Row]]:
-    import datasets
-
-    try:
-        names = datasets.get_dataset_config_names(config.path)
-        splits = datasets.load_dataset(config.path, "main" if "main" in names else None)
-    except (OSError, ValueError) as error:  # ConnectionError, DatasetNotFoundError, several configurations, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"data.path={config.path!r}: no such file or folder here, and as a data set of the hub: {reason}; "
-            "expected a folder with train.jsonl and test.jsonl, one jsonl file, or a hub name" + _near_names(Path(config.path))
-        ) from None
-    chosen = [split for split in ("train", "test") if split in splits] or list(splits)[:1]
-    return {
-        split: [
-            _Row(split=split, number=number, where=f"{config.path} ({split}), row {number}", values=values)
-            for number, values in enumerate(splits[split], 1)
-        ]
-        for split in chosen
-    }
-
-
 # ---- one row -> one task
 
 
-def _to_task(row: _Row, config: FileConfig) -> Task:
-    identity = f"{config.kind}/{row.split}/{row.number}"
+def _to_task(row: Row, config: FileConfig) -> Task:
+    identity = f"{config.kind}/{row.id}"
     if isinstance(config, JsonlConfig):
         question = _text(row, config.question_key, "set data.question_key")
         answer = _text(row, config.answer_key, "set data.answer_key")
@@ -250,7 +142,7 @@ def _to_task(row: _Row, config: FileConfig) -> Task:
     return Task(id=identity, question=_text(row, question_key), answer=answer, grader="math", solution=solution)
 
 
-def _gsm8k_answer(row: _Row) -> tuple[str, str]:
+def _gsm8k_answer(row: Row) -> tuple[str, str]:
     """The number after the last `####`, and the reasoning without calculator marks."""
     text = _text(row, "answer")
     reasoning, marker, tail = text.rpartition("####")
@@ -261,7 +153,7 @@ def _gsm8k_answer(row: _Row) -> tuple[str, str]:
     return answer, re.sub(r"<<.*?>>", "", reasoning).strip()
 
 
-def _math_answer(row: _Row) -> tuple[str, str]:
+def _math_answer(row: Row) -> tuple[str, str]:
     """The last boxed formula of the solution, else the column `answer`; and the solution."""
     solution = _text(row, "solution") if "solution" in row.values else ""
     answer = last_boxed(solution)
@@ -271,17 +163,15 @@ def _math_answer(row: _Row) -> tuple[str, str]:
     return answer or _text(row, "answer"), solution
 
 
-_READERS: dict[str, tuple[str, Callable[[_Row], tuple[str, str]]]] = {
+_READERS: dict[str, tuple[str, Callable[[Row], tuple[str, str]]]] = {
     "gsm8k": ("question", _gsm8k_answer),
     "math": ("problem", _math_answer),
 }
 
 
-def _text(row: _Row, column: str, remedy: str = "choose the data.kind that fits, or data.kind=jsonl") -> str:
+def _text(row: Row, column: str, remedy: str = "choose the data.kind that fits, or data.kind=jsonl") -> str:
     """The column as trimmed text; numbers are written out."""
-    if column not in row.values:
-        raise DataError(f"{row.where}: no column {column!r}; it has {sorted(row.values)}; {remedy}")
-    value = row.values[column]
+    value = row.value(column, remedy)
     text = str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
     if not text:
         raise DataError(f"{row.where}: column {column!r} holds {value!r:.60}; expected text or a number")

@@ -5,6 +5,7 @@ Legend: T tree tokens, N trained tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
@@ -45,7 +46,12 @@ class TokenTree:
     behavior_logprob_N: Tensor
     """float32, natural log; nan where the sample has none."""
     advantage_N: Tensor
-    """float32."""
+    """float32; of the sequence, unless the samples have a column `advantage`."""
+    column_N: Mapping[str, Tensor]
+    """The samples' other columns, float32."""
+    label_S: Tensor
+    """float32, S = num_samples; nan where the sample has none."""
+    margin_S: Tensor
     num_samples: int
 
     def __len__(self) -> int:
@@ -53,8 +59,9 @@ class TokenTree:
 
     def to(self, device: torch.device | str) -> TokenTree:
         """The same tree with its tensors on `device`."""
-        tensors = (field.name for field in fields(self) if field.name != "num_samples")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        tensors = (field.name for field in fields(self) if field.name not in ("num_samples", "column_N"))
+        columns = {name: column.to(device) for name, column in self.column_N.items()}
+        return replace(self, column_N=columns, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 def pack(samples: Sequence[Sample], *, adapters: Mapping[str, int], scope: Scope) -> TokenTree:
@@ -72,26 +79,32 @@ def pack(samples: Sequence[Sample], *, adapters: Mapping[str, int], scope: Scope
         raise DataError(f"none of {len(samples)} samples has a completion token to train on: leave the batch out")
     predictors = [index[at - 1] for index, at in zip(tree.path_index, trained, strict=True)]
     targets = [np.array(_ids(sample), dtype=np.int64)[at] for sample, at in zip(samples, trained, strict=True)]
-    behavior = [_behavior(sample)[at - len(sample.prompt_ids)] for sample, at in zip(samples, trained, strict=True)]
-    columns = (tree.token_T, tree.position_T, tree.leave_T, tree.parent_T, tree.adapter_T)
-    token_T, position_T, leave_T, parent_T, adapter_T = (torch.from_numpy(column.copy()) for column in columns)
+    columns = _columns(samples, [at - len(sample.prompt_ids) for sample, at in zip(samples, trained, strict=True)])
+    sequence_advantage = torch.from_numpy(np.repeat([sample.advantage for sample in samples], counts)).float()
+    arrays = (tree.token_T, tree.position_T, tree.leave_T, tree.parent_T, tree.adapter_T)
+    token_T, position_T, leave_T, parent_T, adapter_T = (torch.from_numpy(array.copy()) for array in arrays)
     return TokenTree(
         token_T=token_T, position_T=position_T, leave_T=leave_T, parent_T=parent_T, adapter_T=adapter_T,
         predictor_N=torch.from_numpy(np.concatenate(predictors)),
         target_N=torch.from_numpy(np.concatenate(targets)),
         sample_N=torch.from_numpy(np.repeat(np.arange(len(samples)), counts)),
-        behavior_logprob_N=torch.from_numpy(np.concatenate(behavior)).float(),
-        advantage_N=torch.from_numpy(np.repeat([sample.advantage for sample in samples], counts)).float(),
+        behavior_logprob_N=columns.pop("behavior_logprob"),
+        advantage_N=columns.pop("advantage", sequence_advantage),
+        column_N=columns,
+        label_S=torch.tensor([sample.label for sample in samples], dtype=torch.float32),
+        margin_S=torch.tensor([sample.margin for sample in samples], dtype=torch.float32),
         num_samples=len(samples),
     )  # fmt: skip
 
 
 def split(
-    samples: Sequence[Sample], *, max_tokens: int, adapters: Mapping[str, int] | None = None, scope: Scope = "sequence"
-) -> list[list[Sample]]:
+    samples: Sequence[Sample], *, max_tokens: int, adapters: Mapping[str, int] | None = None, scope: Scope = "sequence",
+    whole: bool = False,
+) -> list[list[Sample]]:  # fmt: skip
     """Divide samples into forests of at most `max_tokens` tree tokens, nothing truncated; order of trees is kept.
 
-    A tree that is larger is divided between its samples in path order; a sample larger than the budget is a part alone.
+    A tree that is larger is divided between its samples in path order, or with `whole` is a part alone, its samples in
+    their own order; a sample larger than the budget is a part alone.
     `adapters` and `scope` as in `pack`: an adapter that covers prompts makes a tree larger.
     """
     by_tree: dict[str, list[Sample]] = {}
@@ -100,7 +113,7 @@ def split(
     forests: list[list[Sample]] = []
     filled = 0
     for members in by_tree.values():
-        for part, size in _parts(members, max_tokens, adapters or {}, scope):
+        for part, size in _parts(members, sys.maxsize if whole else max_tokens, adapters or {}, scope):
             if not forests or filled + size > max_tokens:
                 forests.append([])
                 filled = 0
@@ -146,10 +159,27 @@ def _trained(sample: Sample) -> IntArray:
     return len(sample.prompt_ids) + np.flatnonzero(mask)
 
 
-def _behavior(sample: Sample) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    logprobs = sample.behavior_logprobs or (np.nan,) * len(sample.completion_ids)
-    _check_length(sample, "behavior_logprobs", len(logprobs))
-    return np.array(logprobs, dtype=np.float64)
+def _columns(samples: Sequence[Sample], offsets: Sequence[IntArray]) -> dict[str, Tensor]:
+    """Each column at the trained tokens of all samples: `offsets` are theirs in the completions."""
+    names = {name for sample in samples for name in sample.columns} | {"behavior_logprob"}
+    return {
+        name: torch.from_numpy(
+            np.concatenate([_column(sample, name)[at] for sample, at in zip(samples, offsets, strict=True)])
+        ).float()
+        for name in sorted(names)
+    }
+
+
+def _column(sample: Sample, name: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """nan where the sample has no behaviour log-probs. Raises DataError when another column is absent."""
+    if name == "behavior_logprob":
+        values = sample.behavior_logprobs or (np.nan,) * len(sample.completion_ids)
+        _check_length(sample, "behavior_logprobs", len(values))
+        return np.array(values, dtype=np.float64)
+    if name not in sample.columns:
+        raise DataError(f"sample {sample.id}: no column {name!r}, which others of its batch have; give it to all or none")
+    _check_length(sample, f"columns[{name!r}]", len(sample.columns[name]))
+    return np.array(sample.columns[name], dtype=np.float64)
 
 
 def _check_length(sample: Sample, name: str, length: int) -> None:

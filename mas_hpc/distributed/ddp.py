@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,24 +23,23 @@ class DataParallel:
 
     def sum_gradients(self, parameters: Sequence[Parameter]) -> None:
         """See Strategy."""
-        if self.world.size == 1:
+        if self.world.size == 1 or not parameters:
             return
-        for parameter in parameters:
+        present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        dist.all_reduce(present, dist.ReduceOp.MAX)
+        used = [parameter for parameter, is_used in zip(parameters, present.tolist(), strict=True) if is_used]
+        for parameter in used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets(parameters):
+        for bucket in _buckets(used):
             flat = torch.cat([parameter.grad.flatten() for parameter in bucket])  # type: ignore[union-attr]
             dist.all_reduce(flat)
             for parameter, block in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = block.view_as(parameter)
 
-    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+    def gather(self, values: Mapping[str, Sequence[float]]) -> list[dict[str, list[float]]]:
         """See Strategy."""
-        total: dict[str, float] = defaultdict(float)
-        for line in gather_lines(self.world, [json.dumps(values)]):
-            for name, value in json.loads(line).items():
-                total[name] += value
-        return dict(total)
+        return [json.loads(line) for line in gather_lines(self.world, [json.dumps(values)])]
 
 
 def _buckets(parameters: Sequence[Parameter]) -> list[list[Parameter]]:

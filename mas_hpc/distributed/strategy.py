@@ -16,9 +16,9 @@ class Strategy(Protocol):
     world: World
 
     def sum_gradients(self, parameters: Sequence[Parameter]) -> None:
-        """Replace every gradient by its sum over ranks; a missing one counts as zero. Collective."""
+        """Replace every gradient by its sum over ranks; a missing one counts as zero, unless all ranks miss it. Collective."""
         ...
 
-    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Sum named numbers over ranks; a rank without a name, such as one without work, adds nothing. Collective."""
+    def gather(self, values: Mapping[str, Sequence[float]]) -> list[dict[str, list[float]]]:
+        """All ranks' named numbers, rank 0's first; a rank without work has fewer names. Collective."""
         ...

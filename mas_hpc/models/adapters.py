@@ -1,8 +1,9 @@
 """One LoRA adapter per policy on one frozen base, all resident; each token of a flat row chooses its own.
 
-    y = base(x) + ((x @ A_all) * gate) @ B_all        gate [T, P*r]: alpha / rank in the columns of the token's policy
+    y = base(x) + ((x @ A_all) * gate) @ B_all        gate [T, P*r]: the scale in the columns of the token's policy
 
-One pair of matmuls serves all agents, and only the policies that the row names are computed. LoRA: arXiv 2106.09685.
+One pair of matmuls serves all agents, and only the policies that the row names are computed. LoRA (arXiv 2106.09685)
+scales by alpha / rank; rank-stabilised (arXiv 2312.03732), by alpha / sqrt(rank).
 Legend: T tokens, P policies of the row, r rank.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,8 @@ from transformers.pytorch_utils import Conv1D
 from mas_hpc.errors import CheckpointError, ConfigError
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""PEFT's init_lora_weights that leave the base weights alone; the others, such as pissa, do not."""
 
 
 @dataclass(slots=True)
@@ -67,10 +71,13 @@ class BankLinear(nn.Module):
 class AdapterBank:
     """The adapters of a model's policies: routing, parameters, and import and export in PEFT's format."""
 
-    def __init__(self, policies: Sequence[str], layers: Mapping[str, BankLinear], rank: int, alpha: float) -> None:
+    def __init__(
+        self, policies: Sequence[str], layers: Mapping[str, BankLinear], *, rank: int, alpha: float, rank_stabilized: bool
+    ) -> None:
         self.policies = tuple(policies)
         self.index = {policy: index for index, policy in enumerate(self.policies)}
-        self.rank, self.alpha = rank, alpha
+        self.rank, self.alpha, self.rank_stabilized = rank, alpha, rank_stabilized
+        self._scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
         self._layers = dict(layers)
         self._route = next(iter(self._layers.values())).route
 
@@ -84,6 +91,7 @@ class AdapterBank:
         alpha: float,
         target_modules: Sequence[str],
         seed: int,
+        rank_stabilized: bool = False,
     ) -> AdapterBank:
         """Freeze the model and give its linear layers of the named kinds one adapter per policy, in place.
 
@@ -99,13 +107,14 @@ class AdapterBank:
         layers = {name: BankLinear(linear, generators, rank, route) for name, linear in targets.items()}
         for name, layer in layers.items():
             model.set_submodule(name, layer)
-        return cls(policies, layers, rank, alpha)
+        return cls(policies, layers, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)
 
     @contextmanager
     def route(self, adapter_T: Tensor | None) -> Iterator[None]:
         """Adapt token t of the flat rows run inside by policy `adapter_T[t]` (-1: none); None, as no route: the base.
 
-        Keep it open through the backward pass only if activations are recomputed there. Does not nest.
+        With activation checkpointing, which runs the layers again in the backward pass, keep it open until that has ended:
+        closed too early, the recomputed layers would be the base's, and torch raises CheckpointError. Does not nest.
         """
         route = self._route
         assert not route.is_open, "a route is open already"
@@ -123,7 +132,7 @@ class AdapterBank:
         assert present[-1] < len(self.policies), f"adapter {present[-1]} of {len(self.policies)}"
         column_P = torch.tensor(present, device=adapter_T.device).repeat_interleave(self.rank)
         layer = next(iter(self._layers.values()))
-        gate = (adapter_T[:, None] == column_P).to(layer.lora_a[0]) * (self.alpha / self.rank)
+        gate = (adapter_T[:, None] == column_P).to(layer.lora_a[0]) * self._scale
         return tuple(present), gate
 
     def parameters_of(self, policy: str) -> list[nn.Parameter]:
@@ -158,6 +167,18 @@ class AdapterBank:
                 layer.lora_a[index].copy_(tensors[key_a])
                 layer.lora_b[index].copy_(tensors[key_b].T)
 
+    def merged_state_dict(self, model: PreTrainedModel, policy: str) -> dict[str, Tensor]:
+        """The weights of the plain model that acts as `policy`, W + scale * (B A); model and bank stay as they are.
+
+        Example: model.save_pretrained(folder, state_dict=bank.merged_state_dict(model, "solver"))
+        """
+        index = self.index[policy]
+        weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+        for name, layer in self._layers.items():
+            delta = (layer.lora_a[index].T @ layer.lora_b[index]).T.detach() * self._scale
+            weights[f"{name}.weight"] = (layer.weight.detach() + delta).to(layer.weight.dtype)
+        return weights
+
     def export(self, policy: str, folder: Path, *, base_model: str) -> None:
         """Write one adapter as PEFT does; `base_model` is the name or path its users load. Raises CheckpointError."""
         config = {
@@ -166,9 +187,10 @@ class AdapterBank:
             "base_model_name_or_path": base_model,
             "r": self.rank,
             "lora_alpha": self.alpha,
+            "use_rslora": self.rank_stabilized,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": sorted({_leaf(name) for name in self._layers}),
+            "target_modules": self._target_modules(),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -186,16 +208,40 @@ class AdapterBank:
             raise CheckpointError(
                 f"{folder}: cannot read a PEFT adapter ({error}); expected {CONFIG_FILE} and {WEIGHTS_FILE}"
             ) from error
-        for key, expected in (("r", self.rank), ("lora_alpha", self.alpha)):
-            if config.get(key) != expected:
-                raise CheckpointError(
-                    f"{folder}/{CONFIG_FILE}: {key}={config.get(key)}, but the bank has {expected}; set "
-                    f"adapters.{'rank' if key == 'r' else 'alpha'}={config.get(key)}"
-                )
-        for key in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern"):
-            if config.get(key):
-                raise CheckpointError(f"{folder}/{CONFIG_FILE}: {key}={config[key]} is not supported, only plain LoRA")
+        self._check(config, folder / CONFIG_FILE)
         self.assign(policy, tensors)
+
+    def _check(self, config: Mapping[str, Any], path: Path) -> None:
+        """Raise CheckpointError when the configuration is not of plain LoRA in the shape of this bank."""
+        targets = config.get("target_modules")
+        found = {
+            "rank": config.get("r"),
+            "alpha": config.get("lora_alpha"),
+            "rank_stabilized": bool(config.get("use_rslora")),
+            # Of a pattern, which is a string, the names of the tensors tell.
+            "target_modules": sorted({_leaf(name) for name in targets})
+            if isinstance(targets, list)
+            else self._target_modules(),
+        }
+        expected = (self.rank, self.alpha, self.rank_stabilized, self._target_modules())
+        for (key, value), wanted in zip(found.items(), expected, strict=True):
+            if value != wanted:
+                raise CheckpointError(
+                    f"{path}: the adapter has {key}={value}, but the bank has {wanted}; set adapters.{key}={value}"
+                )
+        if config.get("peft_type") != "LORA":
+            raise CheckpointError(f"{path}: peft_type={config.get('peft_type')} is not supported, only plain LoRA")
+        for key in ("use_dora", "alpha_pattern", "rank_pattern", "alora_invocation_tokens"):
+            if config.get(key):
+                raise CheckpointError(f"{path}: {key}={config[key]} is not supported, only plain LoRA")
+        if config.get("init_lora_weights", True) not in INITIALIZATIONS:
+            raise CheckpointError(
+                f"{path}: init_lora_weights={config['init_lora_weights']} is an update of changed base weights; convert it "
+                "to plain LoRA with peft (save_pretrained, path_initial_model_for_weight_conversion)"
+            )
+
+    def _target_modules(self) -> list[str]:
+        return sorted({_leaf(name) for name in self._layers})
 
 
 def _peft_keys(name: str) -> tuple[str, str]:

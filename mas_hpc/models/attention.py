@@ -53,8 +53,17 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def hidden_states(model: PreTrainedModel, token_T: Tensor, position_T: Tensor, attend: Attend) -> Tensor:
-    """Run the backbone once over a flat row of tokens; return the last hidden states, [T, hidden]."""
+def hidden_states(
+    model: PreTrainedModel, token_T: Tensor, position_T: Tensor, attend: Attend, *, noise_TD: Tensor | None = None
+) -> Tensor:
+    """Run the backbone once over a flat row of tokens; return the last hidden states, [T, hidden].
+
+    `noise_TD` is added to the input embeddings: NEFTune (arXiv 2310.05914), whose scale is the caller's.
+    """
     backbone = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    output = backbone(input_ids=token_T[None], position_ids=position_T[None], use_cache=False, attend=attend)
+    if noise_TD is None:
+        inputs = {"input_ids": token_T[None]}
+    else:
+        inputs = {"inputs_embeds": (model.get_input_embeddings()(token_T) + noise_TD)[None]}
+    output = backbone(**inputs, position_ids=position_T[None], use_cache=False, attend=attend)
     return output.last_hidden_state[0]

@@ -51,6 +51,21 @@ def load_model(config: ModelConfig, *, seed: int) -> tuple[PreTrainedModel, PreT
     return prepare(model.eval()), tokenizer
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let the model compute activations again in the backward pass (arXiv 1604.06174) whenever it is in training mode.
+
+    Raises ConfigError for an architecture that would drop activations in that mode.
+    """
+    rates = {name: getattr(model.config, name, 0.0) for name in ("dropout", "activation_dropout", "resid_pdrop", "embd_pdrop")}
+    functional = {name: rate for name, rate in rates.items() if rate}
+    if functional and not any(isinstance(module, torch.nn.Dropout) for module in model.modules()):
+        raise ConfigError(
+            f"model.activation_checkpointing=true: {model.config.model_type} has dropout {functional}, and trained log-probs "
+            "would not be those that were sampled; set it to false, or these to 0 in the model's config.json"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate((*ALPHABET, "<pad>", "<eos>"))}
     characters = Tokenizer(WordLevel(vocabulary, unk_token="<none>"))  # absent, so it raises

@@ -15,13 +15,16 @@ def collect(
     engine: RolloutEngine, tasks: Sequence[Task], how: Play, *, step: int = 0, label: str = "", max_live: int,
     on_trace: Callable[[Trace], None], starts: Sequence[Sequence[Turn]] = (),
 ) -> list[Trace]:  # fmt: skip
-    """Play one episode a task, at most `max_live` at a time; `on_trace` gets each trace as soon as it ends.
+    """Play `sampling.episodes` of each task, at most `max_live` at a time; `on_trace` gets each trace as soon as it ends.
 
     `starts`, one a task, are committed turns to continue from; without them every episode begins at the question.
 
     On Ctrl-C, and on an error of ours, the unfinished traces are handed over too (answer and reward None) before it goes on.
     """
-    starts = starts or [()] * len(tasks)
+    repeats = range(how.sampling.episodes)
+    origins = [f"{task.id}#{repeat}/" if repeat else f"{task.id}/" for task in tasks for repeat in repeats]
+    starts = [start for start in starts or [()] * len(tasks) for _ in repeats]
+    tasks = [task for task in tasks for _ in repeats]
     turns = [list(start) for start in starts]
     finished: dict[int, Trace] = {}
 
@@ -30,7 +33,9 @@ def collect(
         finished[number] = trace
         on_trace(trace)
 
-    games = [play(task, how, turns[number], path=tuple(starts[number])) for number, task in enumerate(tasks)]
+    games = [
+        play(task, how, turns[number], path=tuple(starts[number]), origin=origins[number]) for number, task in enumerate(tasks)
+    ]
     try:
         run(engine, parallel(games, max_live=max_live, on_end=end))
     except (KeyboardInterrupt, MasHpcError):

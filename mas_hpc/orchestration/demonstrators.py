@@ -50,6 +50,12 @@ class RingDemonstrator:
             digits = self._corrupt(digits, rng)
         return "".join(map(str, digits))
 
+    def steps(self, task: Task, answer: str) -> list[bool]:
+        """Whether each digit fits the one before it; the last must also close the ring."""
+        marks = self._verdict([int(digit) for digit in task.compact], [int(digit) for digit in answer])
+        holds = [mark == "=" for mark in marks[:-1]]
+        return [True, *holds[:-2], holds[-2] and holds[-1]]
+
     def _complete(self, sums: Sequence[int], first: int, *, slips: bool) -> list[int]:
         digits = [first]
         for total in sums[:-1]:

@@ -14,6 +14,8 @@ from mas_hpc.types import Turn
 class Sampling:
     """group_size=1 samples a path; K > 1 samples the tree of AT-GRPO (arXiv 2510.11062, section 4.1).
 
+    `episodes` of each question are independent of each other: the group of GRPO.
+
     Example: Sampling(group_size=8, commit="sampled", team_rollouts=1, alpha=0.5, temperature=1.0)
     """
 
@@ -24,6 +26,7 @@ class Sampling:
     commit: Literal["sampled", "best"] = "sampled"
     alpha: float = 0.0
     team_rollouts: int = 0
+    episodes: int = 1
 
     @property
     def path_only(self) -> Sampling:

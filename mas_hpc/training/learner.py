@@ -2,121 +2,193 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Literal
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
-from transformers import PreTrainedModel
 
-from mas_hpc.config import Optimization
-from mas_hpc.data.token_tree import pack, split
+from mas_hpc.config_methods import Optimization
+from mas_hpc.data.token_tree import TokenTree
 from mas_hpc.distributed.strategy import Strategy
-from mas_hpc.models.adapters import AdapterBank
-from mas_hpc.training.forward import forward
-from mas_hpc.training.methods import Loss
+from mas_hpc.errors import DataError
+from mas_hpc.training.methods import Objective
+from mas_hpc.training.network import Network, embedding_noise
+from mas_hpc.training.share import Totals, share
 from mas_hpc.types import Sample
+
+HEAD = "head"
+"""Name of the scalar head among the groups of parameters."""
 
 
 class Learner:
     """Owns the optimizer. Policies are parameter groups: their gradients are clipped, and idle ones left alone, one by one."""
 
     def __init__(
-        self, model: PreTrainedModel, bank: AdapterBank | None, strategy: Strategy, optimization: Optimization,
-        *, scope: Literal["sequence", "speaker"], max_tree_tokens: int, temperature: float = 1.0, updates_per_batch: int = 1,
+        self, network: Network, strategy: Strategy, optimization: Optimization, *, updates_per_batch: int = 1,
+        noise_alpha: float = 0.0,
     ) -> None:  # fmt: skip
-        self._model, self._bank, self._strategy, self._optimization = model, bank, strategy, optimization
-        self._scope, self._max_tree_tokens, self._temperature = scope, max_tree_tokens, temperature
-        self._parameters = policy_parameters(model, bank)
-        self._optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters in self._parameters.values()],
-            lr=optimization.learning_rate, betas=(optimization.beta1, optimization.beta2),
-            weight_decay=optimization.weight_decay, fused=True,
-        )  # fmt: skip
-        self._updates_per_batch = updates_per_batch  # the schedule counts batches
-        self._num_updates = 0
+        """`noise_alpha` is NEFTune's; the schedule counts batches, each of `updates_per_batch` steps."""
+        self.network, self._strategy, self._optimization = network, strategy, optimization
+        self._parameters = trained_parameters(network)
+        self._optimizer = build_optimizer(self._parameters.values(), optimization)
+        self._updates_per_batch, self._noise_alpha = updates_per_batch, noise_alpha
+        self._num_updates = dict.fromkeys(self._parameters, 0)  # of each policy: an idle one keeps its place in the schedule
+        self._num_steps = 0
+        self._noise_generator = torch.Generator().manual_seed(strategy.world.rank)
 
-    def update(self, samples: Sequence[Sample], loss: Loss, *, num_tokens: int) -> dict[str, float]:
-        """Take one step on `samples`, which are the same on every rank; `num_tokens` is the global denominator.
+    @property
+    def trained(self) -> list[Parameter]:
+        """Every trained parameter."""
+        return [parameter for group in self._parameters.values() for parameter in group]
 
-        Returns loss, entropy (nats per trained token), grad_norm (before clipping), learning_rate, and the loss's own means.
+    def update(self, samples: Sequence[Sample], objective: Objective, totals: Totals) -> dict[str, float]:
+        """Take one step on `samples`, which are the same on every rank; `totals` are the global denominators.
+
+        Returns loss, entropy (nats per trained token), grad_norm (before clipping; the largest, and with adapters that of
+        each), learning_rate, tokens, and the means of the loss's own metrics.
+        Raises DataError when the objective needs the engine's log-probabilities, and a sample has nan or none.
         """
+        if objective.behavior:
+            check_behavior(samples)
         self._optimizer.zero_grad(set_to_none=True)
-        sums = self._backward(share(samples, self._strategy.world.rank, self._strategy.world.size), loss, num_tokens)
+        sums = self._pass(samples, objective, totals, backward=True)
         active = self._active(samples)
-        self._strategy.sum_gradients([parameter for policy in active for parameter in self._parameters[policy]])
-        totals = self._strategy.sum(sums)
-        learning_rate = self._optimization.learning_rate * schedule(
-            self._optimization, self._num_updates // self._updates_per_batch
-        )
-        norms = [
-            float(torch.nn.utils.clip_grad_norm_(self._parameters[policy], self._optimization.max_grad_norm))
-            for policy in active
-        ]
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        self._strategy.sum_gradients([parameter for group in active for parameter in self._parameters[group]])
+        metrics = reduce(self._strategy.gather(sums))
+        norms = {
+            group: float(torch.nn.utils.clip_grad_norm_(self._parameters[group], self._optimization.max_grad_norm))
+            for group in active
+        }
+        for group, settings in zip(self._parameters, self._optimizer.param_groups, strict=True):
+            batches = self._num_updates[group] // self._updates_per_batch
+            settings["lr"] = self._optimization.learning_rate * schedule(self._optimization, batches)
+            self._num_updates[group] += group in norms
         self._optimizer.step()
-        self._num_updates += 1
-        trained = max(totals.pop("tokens"), 1.0)
-        means = {name: total if name == "loss" else total / trained for name, total in totals.items()}
-        return means | {"grad_norm": max(norms, default=0.0), "learning_rate": learning_rate, "tokens": trained}
+        self._num_steps += 1
+        metrics["learning_rate"] = max(settings["lr"] for settings in self._optimizer.param_groups)
+        metrics["grad_norm"] = max(norms.values(), default=0.0)
+        return metrics | ({f"grad_norm/{group}": norm for group, norm in norms.items()} if self.network.bank else {})
 
-    def _backward(self, samples: Sequence[Sample], loss: Loss, num_tokens: int) -> dict[str, float]:
-        """Accumulate gradients over the forests of this rank; return sums over its trained tokens."""
-        sums: dict[str, float] = defaultdict(float)
-        sums |= {"loss": 0.0, "tokens": 0.0, "entropy": 0.0}
-        adapters = self._bank.index if self._bank else {}
-        for part in split(samples, max_tokens=self._max_tree_tokens, adapters=adapters, scope=self._scope):
-            tree = pack(part, adapters=adapters, scope=self._scope).to(self._model.device)
-            logprob_N, entropy_N = forward(self._model, tree, bank=self._bank, temperature=self._temperature, need_entropy=True)
-            value, extra = loss(logprob_N, tree, num_tokens=num_tokens)
-            value.backward()
-            sums["loss"] += value.item()
-            sums["tokens"] += len(logprob_N)
-            sums["entropy"] += entropy_N.sum().item() if entropy_N is not None else 0.0
-            for name, total in extra.items():
-                sums[name] += total.item()
-        return sums
+    def evaluate(self, samples: Sequence[Sample], objective: Objective) -> dict[str, float]:
+        """Loss and metrics of held-out samples, the same on every rank; nothing is trained."""
+        with torch.no_grad():
+            sums = self._pass(samples, objective, Totals.of(samples), backward=False)
+        return reduce(self._strategy.gather(sums))
+
+    def _pass(
+        self, samples: Sequence[Sample], objective: Objective, totals: Totals, *, backward: bool
+    ) -> dict[str, tuple[float, float]]:
+        """Run this rank's forests; return (sum, count) or (extreme, count) of every metric, `loss` with count 1 on one rank."""
+        world, sums = self._strategy.world, Sums()
+        mine = share(samples, world.rank, world.size)
+        sums.add("loss", torch.zeros(1), count=1.0 if world.is_first else 0.0)
+        for name in ("tokens", "entropy")[: 2 if objective.logprob else 1]:
+            sums.add(name, torch.zeros(1), count=0.0)  # named also where a batch trains nothing
+        for _, tree in self.network.forests(mine, whole=objective.pairs):
+            noise_TD = self._noise(tree) if backward and self._noise_alpha else None
+            with self.network.run(tree, logprob=objective.logprob, entropy=objective.logprob, noise_TD=noise_TD) as outputs:
+                loss, metrics = objective.loss(outputs, tree, totals)
+                if backward:
+                    loss.backward()
+            sums.add("loss", loss.detach(), count=0.0)
+            sums.add("tokens", torch.tensor(float(len(tree.target_N))), count=0.0)
+            for name, values in ({"entropy": outputs.entropy_N} | metrics).items():
+                sums.add(name, values)
+        return sums.values
+
+    def _noise(self, tree: TokenTree) -> Tensor:
+        width = self.network.model.config.hidden_size
+        noise_TD = embedding_noise(tree, width, alpha=self._noise_alpha, generator=self._noise_generator)
+        return noise_TD.to(tree.token_T.device, self.network.model.dtype)
 
     def _active(self, samples: Sequence[Sample]) -> list[str]:
-        """Policies that write a trained token. The others' gradients stay None, so that AdamW leaves them where they are."""
-        if self._bank is None:
-            return list(self._parameters) if samples else []
-        written = {sample.policy for sample in samples}
-        return [policy for policy in self._parameters if policy in written]
+        """Groups that the samples train. The others' gradients stay None, so that the optimizer leaves them where they are."""
+        written = {sample.policy for sample in samples} | {HEAD}
+        if self.network.scope == "speaker":  # what others wrote in the prompts is adapted by them
+            written |= {policy for sample in samples for policy, _ in sample.prompt_spans}
+        return [name for name in self._parameters if samples and (self.network.bank is None or name in written)]
 
 
-def policy_parameters(model: PreTrainedModel, bank: AdapterBank | None) -> dict[str, list[Parameter]]:
-    """What each policy trains: its adapter, or all weights of the shared model."""
-    if bank is None:
-        return {"shared": [parameter for parameter in model.parameters() if parameter.requires_grad]}
-    return {policy: bank.parameters_of(policy) for policy in bank.policies}
+def check_behavior(samples: Sequence[Sample]) -> None:
+    """Refuse samples whose tokens the engine gave no log-probability: their ratio, and so the loss, would be nan."""
+    without = [
+        s.id for s in samples if s.completion_ids and (not s.behavior_logprobs or any(map(math.isnan, s.behavior_logprobs)))
+    ]
+    if without:
+        raise DataError(
+            f"{len(without)} of {len(samples)} samples, such as {without[:3]}, lack log-probabilities of the engine, which are "
+            "the old ones with method.mismatch=none; set method.mismatch=token_truncate, which gives such tokens the weight 1"
+        )
+
+
+class Sums:
+    """Per-item metrics on their way to global means: (sum, count), or (extreme, count) for names that end in /max or /min."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, values: Tensor, *, count: float | None = None) -> None:
+        """Add the items of a tensor; an empty one adds nothing."""
+        if values.numel():
+            merge_metric(
+                self.values, name, float(_reduction(name)(values.double())), values.numel() if count is None else count
+            )
+
+
+def _reduction(name: str) -> Callable[[Tensor], Tensor]:
+    return torch.amax if name.endswith("/max") else torch.amin if name.endswith("/min") else torch.sum
+
+
+def merge_metric(into: dict[str, tuple[float, float]], name: str, value: float, count: float) -> None:
+    """Join one partial result with those before it."""
+    if name not in into:
+        into[name] = (value, count)
+        return
+    old, old_count = into[name]
+    joined = max(old, value) if name.endswith("/max") else min(old, value) if name.endswith("/min") else old + value
+    into[name] = (joined, old_count + count)
+
+
+def reduce(parts: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Global means of the ranks' sums, and their extremes; a count of 0 means that the sum is the result (golden G7)."""
+    joined: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            merge_metric(joined, name, value, count)
+    extreme = ("/max", "/min")
+    return {name: value if name.endswith(extreme) or not count else value / count for name, (value, count) in joined.items()}
+
+
+def trained_parameters(network: Network) -> dict[str, list[Parameter]]:
+    """What each policy trains: its adapter, or all weights of the shared model (with its scalar head, if there is one)."""
+    head = list(network.head.parameters()) if network.head else []
+    if network.bank is None:
+        return {"shared": [parameter for parameter in network.model.parameters() if parameter.requires_grad] + head}
+    groups = {policy: network.bank.parameters_of(policy) for policy in network.bank.policies}
+    return groups | ({HEAD: head} if head else {})
+
+
+def build_optimizer(groups: Iterable[Sequence[Parameter]], optimization: Optimization) -> torch.optim.Optimizer:
+    """AdamW, or Adafactor, whose second moments are factored (arXiv 1804.04235): a fraction of the memory."""
+    parameters = [{"params": list(group)} for group in groups]
+    if optimization.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=optimization.learning_rate, weight_decay=optimization.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=optimization.learning_rate, betas=(optimization.beta1, optimization.beta2),
+        weight_decay=optimization.weight_decay, fused=True,
+    )  # fmt: skip
 
 
 def schedule(optimization: Optimization, step: int) -> float:
-    """Factor on the peak rate: linear warm-up, constant, then linear decay to min_ratio over the last decay_fraction."""
+    """Factor on the peak rate: linear warm-up, constant, then decay to min_ratio over the last decay_fraction of the steps.
+
+    decay_fraction 1 is the usual linear or cosine schedule, 0 constant, between them warm-up-stable-decay (WSD).
+    """
     warmup = min(1.0, (step + 1) / (optimization.warmup_steps + 1))
     decay_steps = max(1.0, optimization.decay_fraction * optimization.steps)
-    left = min(1.0, max(0.0, (optimization.steps - step) / decay_steps))
+    left = min(1.0, max(0.0, (optimization.steps - step) / decay_steps)) if optimization.decay_fraction else 1.0
+    if optimization.decay == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
     return warmup * (optimization.min_ratio + (1 - optimization.min_ratio) * left)
-
-
-def share(samples: Sequence[Sample], rank: int, size: int) -> list[Sample]:
-    """This rank's trees: largest first, each to the rank with the fewest tokens so far. The same answer on every rank."""
-    if size == 1:
-        return list(samples)
-    trees: Mapping[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        trees[sample.tree].append(sample)
-    cost = {
-        name: max(len(s.prompt_ids) for s in tree) + sum(len(s.completion_ids) for s in tree) for name, tree in trees.items()
-    }
-    load = [0] * size
-    mine = []
-    for name in sorted(cost, key=lambda name: (-cost[name], name)):
-        target = load.index(min(load))
-        load[target] += cost[name]
-        if target == rank:
-            mine += trees[name]
-    return mine

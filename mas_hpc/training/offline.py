@@ -1,24 +1,23 @@
-"""The loop over samples that exist: pack -> learn."""
+"""The loop over samples that exist: pack -> learn, with a look at held-out ones now and then."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
 from mas_hpc.training.learner import Learner
-from mas_hpc.training.methods import Loss
+from mas_hpc.training.methods import Objective
+from mas_hpc.training.share import Totals
 from mas_hpc.types import Sample
+
+Log = Callable[[int, Mapping[str, float]], None]
 
 
 def fit_offline(
-    *, batch: Callable[[int], Sequence[Sample]], learner: Learner, loss: Loss, log: Callable[[int, Mapping[str, float]], None],
-    steps: range,
+    *, batch: Callable[[int], Sequence[Sample]], learner: Learner, objective: Objective, log: Log, steps: range,
+    look: Callable[[int], None] = lambda step: None,
 ) -> None:  # fmt: skip
-    """Train on `batch(step)` for every step; the denominator is the number of trained tokens of the batch."""
+    """Train on `batch(step)` for every step, then let `look` evaluate and keep the best; counts are those of the batch."""
     for step in steps:
         samples = batch(step)
-        log(step, learner.update(samples, loss, num_tokens=num_trained_tokens(samples)))
-
-
-def num_trained_tokens(samples: Sequence[Sample]) -> int:
-    """Completion tokens that the masks leave."""
-    return sum(sum(sample.loss_mask) if sample.loss_mask else len(sample.completion_ids) for sample in samples)
+        log(step, learner.update(samples, objective, Totals.of(samples)))
+        look(step)

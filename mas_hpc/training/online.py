@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from mas_hpc.training.learner import Learner
-from mas_hpc.training.methods import Loss
-from mas_hpc.types import Sample, Trace
+from mas_hpc.training.offline import Log
+from mas_hpc.training.share import Totals
+from mas_hpc.types import Sample
 
-Credit = Callable[[Sequence[Trace]], tuple[Sequence[Sample], int, Mapping[str, float]]]
+Collected = TypeVar("Collected")
 
 
-def fit_online(
-    *, collect: Callable[[int], Sequence[Trace]], credit: Credit, learner: Learner, loss: Loss, push: Callable[[int], None],
-    log: Callable[[int, Mapping[str, float]], None], steps: range, updates_per_batch: int = 1,
-) -> None:  # fmt: skip
-    """Collect traces, turn them into samples, learn, and serve the new weights as version step + 1.
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """What one optimizer step learns from; samples without a gradient may be absent, but the totals count them."""
 
-    `credit` returns samples, the global number of tokens that their losses are divided by, and metrics of the batch.
+    samples: Sequence[Sample]
+    totals: Totals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Online(Generic[Collected]):
+    """The verbs of the loop, in time order.
+
+    `learn` takes one minibatch and returns its metrics; `push` serves the new weights as a version; `look` evaluates.
     """
+
+    collect: Callable[[int], Collected]
+    credit: Callable[[Collected], tuple[Sequence[Minibatch], Mapping[str, float]]]
+    learn: Callable[[int, Minibatch], Mapping[str, float]]
+    push: Callable[[int], None]
+    log: Log
+    look: Callable[[int], None]
+
+
+def fit_online(loop: Online[Collected], steps: range) -> None:
+    """Collect traces, turn them into minibatches, learn from each, and serve the new weights as version step + 1."""
     for step in steps:
-        samples, num_tokens, metrics = credit(collect(step))
-        for _ in range(updates_per_batch):
-            learned = learner.update(samples, loss, num_tokens=max(num_tokens, 1))
-        push(step + 1)
-        log(step, {**metrics, **learned})
+        minibatches, metrics = loop.credit(loop.collect(step))
+        learned = [loop.learn(step, minibatch) for minibatch in minibatches]
+        loop.push(step + 1)
+        loop.log(step, {**metrics, **mean(learned)})
+        loop.look(step)
+
+
+def mean(learned: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over optimizer steps of each metric; extremes stay extremes."""
+    joined: dict[str, float] = {}
+    for name in dict.fromkeys(name for metrics in learned for name in metrics):
+        values = [metrics[name] for metrics in learned if name in metrics]
+        pick = max if name.endswith("/max") else min if name.endswith("/min") else None
+        joined[name] = pick(values) if pick else sum(values) / len(values)
+    return joined

@@ -98,7 +98,8 @@ def test_samples_that_cannot_be_trained_on_are_refused(sample, message):
 def test_to_moves_every_tensor():
     tree = packed(make([1], [2])).to("meta")
     tensors = [value for value in vars(tree).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 10
+    assert len(tensors) == 12
+    assert all(column.device.type == "meta" for column in tree.column_N.values())
     assert all(tensor.device.type == "meta" for tensor in tensors)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mas_hpc_kernels import linear_logprob, reference
+from mas_hpc_kernels import chunked, linear_logprob, reference
 from torch import Tensor
 
 NUM_TARGETS, VOCABULARY, HIDDEN = 7, 11, 5
@@ -62,6 +62,41 @@ def test_gradcheck(frozen):
         return linear_logprob(hidden_ND, weight_VD, target_N, temperature=0.8, chunk_rows=3)[0]
 
     assert torch.autograd.gradcheck(logprob, (hidden_ND, weight_VD))
+
+
+@pytest.mark.parametrize("retained_rows", [0, 2, 3, 5, 6, 7])
+def test_trained_head_gives_the_same_bits_however_much_it_keeps(monkeypatch: pytest.MonkeyPatch, retained_rows: int):
+    """Of chunks of 3, 3 and 1 rows: none, one, two or all."""
+    results = []
+    for budget in (chunked.RETAIN_ELEMENTS, retained_rows * VOCABULARY):
+        monkeypatch.setattr(chunked, "RETAIN_ELEMENTS", budget)
+        hidden_ND, weight_VD, target_N = problem()
+        weight_VD.requires_grad_()
+        logprob_N, entropy_N = linear_logprob(
+            hidden_ND, weight_VD, target_N, temperature=0.7, entropy_gradient=True, chunk_rows=3
+        )
+        loss = (0.3 - logprob_N).exp().sum() - entropy_N.square().sum()
+        gradients = torch.autograd.grad(loss, (hidden_ND, weight_VD), retain_graph=True)
+        assert all(map(torch.equal, gradients, torch.autograd.grad(loss, (hidden_ND, weight_VD))))  # nothing was overwritten
+        results.append((logprob_N, entropy_N, *gradients))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("chunk_rows", [3, None])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_entropy_bonus_has_the_gradient_of_the_entropy(frozen, temperature, chunk_rows):
+    hidden_ND, weight_VD, target_N = problem()
+    weight_VD.requires_grad_(not frozen)
+    inputs = (hidden_ND,) if frozen else (hidden_ND, weight_VD)
+    logprob_N, entropy_N = linear_logprob(
+        hidden_ND, weight_VD, target_N, temperature=temperature, entropy_gradient=True, chunk_rows=chunk_rows
+    )
+    expected = torch.distributions.Categorical(logits=hidden_ND @ weight_VD.T / temperature)
+    ours = torch.autograd.grad((logprob_N.exp() - 0.1 * entropy_N.square()).sum(), inputs)
+    theirs = torch.autograd.grad((expected.log_prob(target_N).exp() - 0.1 * expected.entropy().square()).sum(), inputs)
+    for gradient, reference_gradient in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, reference_gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_trained_head_takes_gradient_where_the_hidden_states_need_none():

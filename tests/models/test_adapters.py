@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mas_hpc.errors import CheckpointError, ConfigError
 from mas_hpc.models import attention
 from mas_hpc.models.adapters import AdapterBank
+from mas_hpc.models.tree_attention import TreeAttention
+from mas_hpc.prefix_tree import merge as merge_rows
 
 POLICIES = ("solver", "critic", "verifier")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,8 +31,13 @@ def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def install(model: LlamaForCausalLM, policies: tuple[str, ...] = POLICIES, seed: int = 5) -> AdapterBank:
-    bank = AdapterBank.install(model, policies, rank=RANK, alpha=ALPHA, target_modules=TARGETS, seed=seed)
+def install(
+    model: LlamaForCausalLM, policies: tuple[str, ...] = POLICIES, *, seed: int = 5, rank_stabilized: bool = False,
+    targets: tuple[str, ...] = TARGETS,
+) -> AdapterBank:  # fmt: skip
+    bank = AdapterBank.install(
+        model, policies, rank=RANK, alpha=ALPHA, target_modules=targets, seed=seed, rank_stabilized=rank_stabilized
+    )
     generator = torch.Generator().manual_seed(seed + 100)
     for policy in policies:
         for tensor in bank.parameters_of(policy):  # B is zero at the start, which would make every equality vacuous
@@ -175,24 +182,139 @@ def test_adapter_without_tokens_does_not_move_under_adamw():
         assert not any(map(torch.equal, before[policy], bank.parameters_of(policy)))
 
 
-def test_export_gives_the_same_logits_in_peft_and_comes_back_bit_equal(tmp_path: Path):
+def logits_of(bank: AdapterBank, model: LlamaForCausalLM, policy: str) -> tuple[Tensor, Tensor]:
+    """One row of tokens and its logits under one policy."""
+    token_T = batch()[0]
+    with torch.no_grad(), bank.route(torch.full_like(token_T, bank.index[policy])):
+        attend = rows_attention(torch.zeros_like(token_T))
+        hidden_TD = attention.hidden_states(model, token_T, torch.arange(len(token_T)), attend)
+        return token_T, model.get_output_embeddings()(hidden_TD)
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_export_gives_the_same_logits_in_peft_and_comes_back_bit_equal(tmp_path: Path, rank_stabilized: bool):
     model = attention.prepare(llama())
-    bank = install(model)
+    bank = install(model, rank_stabilized=rank_stabilized)
     bank.export("critic", tmp_path / "critic", base_model="tiny")
     served = peft.PeftModel.from_pretrained(llama(), tmp_path / "critic").eval()
-    token_T, position_T, _, _ = batch()
-    one_row_T = torch.zeros_like(token_T)
-    with torch.no_grad(), bank.route(torch.ones_like(token_T)):
-        hidden_TD = attention.hidden_states(model, token_T, position_T.new_tensor(range(19)), rows_attention(one_row_T))
-        logits_TV = model.get_output_embeddings()(hidden_TD)
+    token_T, logits_TV = logits_of(bank, model, "critic")
+    with torch.no_grad():
         expected_TV = served(input_ids=token_T[None]).logits[0]
         base_TV = llama()(input_ids=token_T[None]).logits[0]
     assert (expected_TV - base_TV).abs().max() > 0.1
     assert (logits_TV - expected_TV).abs().max() < 1e-5 * expected_TV.abs().max()
 
-    other = install(llama(), seed=9)
+    other = install(llama(), seed=9, rank_stabilized=rank_stabilized)
     other.load("solver", tmp_path / "critic")
     assert all(map(torch.equal, other.parameters_of("solver"), bank.parameters_of("critic")))
+    with pytest.raises(CheckpointError, match=f"set adapters.rank_stabilized={rank_stabilized}"):
+        install(llama(), rank_stabilized=not rank_stabilized).load("solver", tmp_path / "critic")
+
+
+def test_rank_stabilized_adapters_are_scaled_by_the_square_root_of_the_rank():
+    plain, stabilized = llama(torch.float64), llama(torch.float64)
+    banks = install(plain), install(stabilized, rank_stabilized=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = plain.state_dict()[name]
+    deltas = [
+        bank.merged_state_dict(model, "solver")[name] - base for bank, model in zip(banks, (plain, stabilized), strict=True)
+    ]
+    torch.testing.assert_close(deltas[1], deltas[0] * 3**0.5, rtol=1e-10, atol=1e-12)  # 6 / sqrt(3) against 6 / 3
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), TARGETS])
+def test_an_adapter_that_peft_wrote_gives_peft_s_logits(tmp_path: Path, targets: tuple[str, ...]):
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), task_type="CAUSAL_LM", use_rslora=True)
+    theirs = peft.get_peft_model(llama(), config).eval()
+    generator = torch.Generator().manual_seed(8)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    theirs.save_pretrained(tmp_path)
+
+    model = attention.prepare(llama())
+    bank = install(model, targets=targets, rank_stabilized=True)
+    bank.load("verifier", tmp_path)
+    token_T, logits_TV = logits_of(bank, model, "verifier")
+    with torch.no_grad():
+        expected_TV = theirs(input_ids=token_T[None]).logits[0]
+    assert (logits_TV - expected_TV).abs().max() < 1e-5 * expected_TV.abs().max()
+
+    other = install(llama(), targets=("q_proj", "k_proj"), rank_stabilized=True)
+    with pytest.raises(CheckpointError, match=r"the bank has \['k_proj', 'q_proj'\]; set adapters.target_modules=.*'v_proj'"):
+        other.load("verifier", tmp_path)
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_merged_weights_are_a_plain_model_with_the_adapted_logits(exact_norm, tmp_path: Path, rank_stabilized: bool):
+    model = attention.prepare(llama(torch.float64))
+    bank = install(model, rank_stabilized=rank_stabilized)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=bank.merged_state_dict(model, "critic"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    loaded, report = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    token_T, adapted_TV = logits_of(bank, model, "critic")
+    with torch.no_grad():
+        merged_TV, base_TV = (plain(input_ids=token_T[None]).logits[0] for plain in (loaded, llama(torch.float64)))
+    assert (adapted_TV - base_TV).abs().max() > 0.1
+    torch.testing.assert_close(merged_TV, adapted_TV, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_activation_checkpointing_gives_the_same_gradients_while_the_route_stays_open(exact_norm, adapted: bool):
+    """Along a tree; with adapters or all weights trained."""
+    tree = merge_rows([[1, 2, 3, 4], [1, 2, 5], [1, 6, 7, 8], [9, 10]])
+    token_T, position_T = torch.from_numpy(tree.token_T), torch.from_numpy(tree.position_T)
+    adapter_T = torch.arange(len(token_T)) % 4 - 1
+    results = []
+    for recompute in (False, True):
+        model = attention.prepare(llama(torch.float64))
+        bank = install(model, POLICIES if adapted else POLICIES[:1])
+        if not adapted:
+            model.requires_grad_(True)
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.train()
+        calls: list[int] = []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        with bank.route(adapter_T if adapted else None):
+            hidden_TD = attention.hidden_states(model, token_T, position_T, TreeAttention(tree.leave_T, limit=3))
+            (hidden_TD * torch.linspace(-1, 1, 16, dtype=torch.float64)).sum().backward()
+        assert len(calls) == (4 if recompute else 2)  # of two layers
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, recomputed = results
+    assert plain.keys() == recomputed.keys() and max(grad.abs().max() for grad in plain.values()) > 1e-2
+    for name, grad in plain.items():
+        torch.testing.assert_close(recomputed[name], grad, rtol=0, atol=1e-12)
+
+
+def test_a_route_closed_before_recomputation_is_an_error_not_a_wrong_gradient():
+    model = attention.prepare(llama())
+    bank = install(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    hidden_TD = forward(bank, model)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different number of tensors"):
+        hidden_TD.sum().backward()
+
+
+def test_noise_is_added_to_the_input_embeddings_of_each_token():
+    model, other = (attention.prepare(llama(torch.float64)) for _ in range(2))
+    for one in (model, other):
+        one.lm_head.weight = torch.nn.Parameter(one.lm_head.weight.detach().clone())
+    token_T, position_T = torch.tensor([3, 1, 4, 7]), torch.arange(4)
+    noise_TD = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.1
+    other.model.embed_tokens.weight.data[token_T] += noise_TD
+    attend = rows_attention(torch.zeros_like(token_T))
+    noisy_TD = attention.hidden_states(model, token_T, position_T, attend, noise_TD=noise_TD)
+    torch.testing.assert_close(noisy_TD, attention.hidden_states(other, token_T, position_T, attend))
+    quiet_TD = attention.hidden_states(model, token_T, position_T, attend, noise_TD=torch.zeros_like(noise_TD))
+    assert torch.equal(quiet_TD, attention.hidden_states(model, token_T, position_T, attend))
+    noisy_TD.sum().backward()
+    assert model.model.embed_tokens.weight.grad[token_T].abs().sum() > 0  # embeddings still train
 
 
 @pytest.mark.parametrize(
@@ -202,7 +324,11 @@ def test_export_gives_the_same_logits_in_peft_and_comes_back_bit_equal(tmp_path:
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"short"), "cannot read a PEFT adapter"),
         (lambda folder: rewrite(folder, r=4), "set adapters.rank=4"),
         (lambda folder: rewrite(folder, lora_alpha=8), "set adapters.alpha=8"),
-        (lambda folder: rewrite(folder, use_rslora=True), "only plain LoRA"),
+        (lambda folder: rewrite(folder, use_rslora=True), "set adapters.rank_stabilized=True"),
+        (lambda folder: rewrite(folder, target_modules=["q_proj"]), r"set adapters.target_modules=\['q_proj'\]"),
+        (lambda folder: rewrite(folder, use_dora=True), "only plain LoRA"),
+        (lambda folder: rewrite(folder, peft_type="LOHA"), "only plain LoRA"),
+        (lambda folder: rewrite(folder, init_lora_weights="pissa"), "convert it to plain LoRA"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, damage: Callable[[Path], object], message: str):

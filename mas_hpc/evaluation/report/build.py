@@ -20,7 +20,7 @@ from mas_hpc.types import Trace, Turn
 TRACES_PER_FILE = 40
 TRACE_BUDGET_BYTES = 3_000_000
 """Of embedded traces, all files together; a file with longer traces shows fewer of them."""
-PHASES = {"warm_start": "Warm start", "train": "Training"}
+PHASES = {"warm_start": "Warm start", "train": "Training", "train/held_out": "Held-out data"}
 _HERE = Path(__file__).parent
 
 
@@ -52,7 +52,7 @@ def render(run: RunFolder) -> str:
     return environment.get_template("template.html.j2").render(
         run=run,
         rows=headline.compare(run.results.rows),
-        sentences=headline.sentences(run.results),
+        sentences=headline.sentences(run.results) or headline.held_out(run.metrics),
         charts=charts,
         shown=[(file.name, len(shown[file.name]), file.total) for file in run.trace_files],
         data=_json_for_script(data),

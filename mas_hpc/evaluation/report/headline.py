@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mas_hpc.evaluation.metrics import PairedTest, paired_test
-from mas_hpc.evaluation.report.run_folder import Paired, Results, Row
+from mas_hpc.evaluation.report.run_folder import MetricLine, Paired, Results, Row
 
 LEVEL = 0.05
 """Differences with a greater p-value are called unclear."""
@@ -36,6 +36,20 @@ def compare(rows: Sequence[Row]) -> tuple[Comparison, ...]:
 def sentences(results: Results) -> tuple[str, ...]:
     """What training changed, then who wins, for each temperature."""
     return (*map(_gain, results.paired), *_winners(results.rows))
+
+
+def held_out(metrics: Sequence[MetricLine]) -> tuple[str, ...]:
+    """What training changed on held-out data, for runs without an evaluation of the team."""
+    looks = [line for line in metrics if line.phase == "train/held_out"]
+    if len(looks) < 2:
+        return ()
+    first, last = looks[0], looks[-1]
+    changed = [
+        f"{name} {first.values[name]:.3f} -> {value:.3f}"
+        for name, value in last.values.items()
+        if name in ("loss", "f1", "accuracy", "rewards/accuracies", "rewards/margins") and name in first.values
+    ]
+    return (f"Held-out data, before training and after {last.step} steps: {', '.join(changed)}.",)
 
 
 def setting(temperature: float | None) -> str:

@@ -1,0 +1,131 @@
+"""Measuring a team beside its controls, and running it on questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mas_hpc.config import SFTConfig
+from mas_hpc.evaluation import benchmark
+from mas_hpc.evaluation.metrics import VerdictBalance
+from mas_hpc.orchestration.demonstrate import plant
+from mas_hpc.orchestration.episode import Team
+from mas_hpc.orchestration.sampling import Sampling, derive_seed
+from mas_hpc.orchestration.topology import Judged, Pipeline, Single
+from mas_hpc.phases.examples import build_demonstrator
+from mas_hpc.run import Run, how_to_play, play_all
+from mas_hpc.types import Task, Trace
+
+
+def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
+    """The team and its controls on the held-out questions, at every temperature; phase before, after or "" (no training)."""
+    settings = run.config.evaluation
+    tasks = run.test_tasks[: settings.num_tasks]
+    rows: list[benchmark.Row] = []
+    for temperature in settings.temperatures:
+        sampling = Sampling(temperature=temperature, top_p=run.config.rollout.top_p, top_k=run.config.rollout.top_k)
+        traces = play_all(
+            run, tasks, how_to_play(run, sampling, settings.seed), label=f"{phase or 'evaluate'}-T{temperature:g}"
+        )
+        balance = planted_verdicts(run, tasks, sampling)
+        team = benchmark.team_row(traces, phase=phase, temperature=temperature, verdicts=balance)
+        failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)
+        run.console.print(
+            f"evaluate: {team.name}, T={temperature:g}: {team.accuracy:.1%}" + (f", {failed} failed turns" if failed else ""),
+            highlight=False,
+        )
+        rows.append(team)
+        if len(run.team.agents) > 1:
+            rows.append(benchmark.first_speaker_row(traces, phase=phase, temperature=temperature))
+        if settings.controls and temperature > 0:
+            rows += controls(run, tasks, sampling, traces, team)
+    return rows
+
+
+def planted_verdicts(run: Run, tasks: Sequence[Task], sampling: Sampling) -> dict[str, VerdictBalance]:
+    """Each judging agent on answers that were planted, every other one wrong: a good team leaves it few wrong ones to judge."""
+    method = run.config.warm_start or SFTConfig()
+    demonstrator = build_demonstrator(run, method)
+    seed = run.config.evaluation.seed
+    found: dict[str, VerdictBalance] = {}
+    for judge in (name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"):
+        planted = [
+            plant(task, run.team, demonstrator, judge, right=number % 2 == 0, seed=derive_seed(seed, "plant", number))
+            for number, task in enumerate(tasks)
+        ]
+        judged = [(task, start) for task, start in zip(tasks, planted, strict=True) if start]
+        if judged:
+            asked, starts = zip(*judged, strict=True)
+            team = replace(run.team, topology=Judged(topology=run.team.topology, judge=judge))
+            how = how_to_play(run, sampling, seed, team)
+            traces = play_all(run, asked, how, label=f"{judge}-planted", starts=starts, keep=False)
+            found |= {judge: benchmark.verdict_balance(traces)[judge]}
+    return found
+
+
+def controls(
+    run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row
+) -> list[benchmark.Row]:
+    """Majority vote of the first agent, and its fresh tries judged by the first critic, at the team's tokens or more."""
+    first = traces[0].path[0].agent
+    critic = next((name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"), None)
+    rows = [vote(run, tasks, sampling, traces, team)]
+    if critic is not None:
+        judged = replace(run.team, topology=Pipeline(agents=(first, critic)))
+        made = best_of_n(run, tasks, sampling, judged, team.tokens_per_question)
+        rows.append(benchmark.best_of_n_row(made, phase=team.phase, temperature=team.temperature))
+    return rows
+
+
+def vote(run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row) -> benchmark.Row:
+    """Majority vote of as many samples of the team's first agent as it takes to cost the team's tokens or more."""
+    first = [trace.path[0] for trace in traces]
+    alone = replace(run.team, topology=Single(agent=first[0].agent))
+    size = benchmark.equal_budget(team.tokens_per_question, sum(len(turn.completion_ids) for turn in first) / len(first))
+    while True:
+        how = how_to_play(run, replace(sampling, group_size=size), run.config.evaluation.seed, alone)
+        voted = play_all(run, tasks, how, label="vote", keep=False)
+        row = benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)
+        if not 0 < row.tokens_per_question < team.tokens_per_question:
+            return row
+        size += 1
+
+
+def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, budget: float) -> list[list[Trace]]:
+    """Fresh tries until the critic accepts one; another round while the mean tokens a question are below `budget`."""
+    made: list[list[Trace]] = [[] for _ in tasks]
+    waiting = list(range(len(tasks)))
+    while waiting and sum(trace.num_completion_tokens for tries in made for trace in tries) < budget * len(tasks):
+        seed = derive_seed(run.config.evaluation.seed, "try", len(made[waiting[0]]))
+        how = how_to_play(run, sampling, seed, judged)
+        tries = play_all(run, [tasks[i] for i in waiting], how, label="best-of-n", keep=False)
+        for i, trace in zip(waiting, tries, strict=True):
+            made[i].append(trace)
+        if not any(trace.num_completion_tokens for trace in tries):
+            break  # every try failed: no round after it would spend a token either
+        waiting = [i for i in waiting if made[i][-1].path[-1].verdict is not True]
+    return made
+
+
+def write_results(run: Run, rows: Sequence[benchmark.Row]) -> dict[str, Any]:
+    """results.json: rows, and the paired tests of before against after."""
+    results = {"rows": [row.to_json() for row in rows], "paired": benchmark.compare(rows)}
+    if run.world.is_first:
+        (run.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
+
+
+def rollout(run: Run) -> list[Trace]:
+    """Run the team on the held-out questions, one path each, and keep the traces."""
+    settings = run.config.rollout
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+    tasks = run.test_tasks[: settings.num_tasks]
+    traces = play_all(run, tasks, how_to_play(run, sampling, run.config.seed), label="rollout")
+    right = sum(trace.reward or 0.0 for trace in traces)
+    failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)
+    run.console.print(
+        f"{len(traces)} traces in {run.folder / 'traces'}: {right:g} right, {failed} failed turns", highlight=False
+    )
+    return traces

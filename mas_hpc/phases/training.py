@@ -1,0 +1,37 @@
+"""The training phases of a run: warm start, adapters, the configured method, and its weights on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mas_hpc.config_methods import OfflineConfig, ProcessRewardConfig, RewardModelConfig
+from mas_hpc.phases.offline import fit_offline_method
+from mas_hpc.phases.online import fit_online_method
+from mas_hpc.phases.reward import save_card, step_separator
+from mas_hpc.run import Run, with_adapters
+from mas_hpc.training.checkpoint import save
+
+
+def warm_up(run: Run) -> Run:
+    """The warm start of the base model, then the adapters on top of it; each only if configured."""
+    warm_start = run.config.warm_start
+    if warm_start and warm_start.steps:
+        fit_offline_method(run, warm_start, "warm_start")
+    return with_adapters(run) if run.config.adapters.policies == "per_agent" else run
+
+
+def train(run: Run) -> None:
+    """Run the configured method and save the weights."""
+    method = run.config.method
+    if isinstance(method, OfflineConfig):
+        network = fit_offline_method(run, method, "train")
+    else:
+        network = replace(fit_online_method(run, method), head=None)  # the critic's work is done
+    if run.world.is_first:
+        warm_start = run.config.warm_start
+        save(
+            run.folder, network, run.tokenizer, base_model=run.config.model.path,
+            base_trained=warm_start is not None and warm_start.steps > 0,
+        )  # fmt: skip
+        if isinstance(method, RewardModelConfig | ProcessRewardConfig):
+            save_card(run.folder / "model", method, step_separator(run))
