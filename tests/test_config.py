@@ -77,7 +77,7 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
         load_config(tmp_path / "confg.yaml")
 
 
-def test_training_refuses_truncated_sampling(tmp_path: Path) -> None:
+def test_g10_training_needs_the_distribution_that_is_sampled_from(tmp_path: Path) -> None:
     assert "training needs top_p=1" in load_config(write(tmp_path, "rollout: {top_p: 0.9}")).untrainable
     assert "temperature=0" in load_config(write(tmp_path, "rollout: {temperature: 0.0}")).untrainable
     assert load_config(write(tmp_path, "rollout: {top_p: 0.9}\nmethod: {kind: sft}")).untrainable == ""
@@ -109,3 +109,17 @@ def test_shipped_configs_are_valid(file: Path) -> None:
 )
 def test_knobs_that_would_do_nothing_are_refused(tmp_path: Path, text: str, problem: str) -> None:
     assert problem in message(tmp_path, text)
+
+
+def test_a_path_alone_means_the_rows_that_the_method_learns_from(tmp_path: Path) -> None:
+    ring = "data: {kind: ring, num_digits: 7, num_train: 50}\nwarm_start: {steps: 5}\nmethod: {kind: %s}"
+    for method, kind in (("rm", "preferences"), ("dpo", "preferences"), ("prm", "steps"), ("ppo", "gsm8k"), ("sft", "gsm8k")):
+        config = load_config(write(tmp_path, ring % method), ["data.path=rows"])
+        assert (config.data.kind, config.data.num_train, config.warm_start) == (kind, 50, None)
+    kept = load_config(write(tmp_path, ring % "dpo"), ["data.path=rows", "warm_start.steps=3"])
+    assert kept.warm_start is not None and kept.warm_start.steps == 3
+
+
+def test_another_kind_starts_its_section_anew(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "data: {kind: ring, num_digits: 5}"), ["data.kind=addition", "data.num_digits=3"])
+    assert (config.data.kind, config.data.num_digits) == ("addition", 3)

@@ -30,7 +30,7 @@ def with_credit(trace: Trace) -> Trace:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("adapters", ["shared", "sequence", "speaker"])
-def test_engine_and_trainer_give_the_same_logprobs(tmp_path: Path, adapters: str, temperature: float) -> None:
+def test_g42_engine_and_trainer_give_the_same_logprobs(tmp_path: Path, adapters: str, temperature: float) -> None:
     per_agent = ["adapters.policies=per_agent", f"adapters.scope={adapters}"] if adapters != "shared" else []
     overrides = ["warm_start.steps=0", "model.hidden_size=32", "data.num_train=8", "data.num_test=4", f"runs_dir={tmp_path}"]
     config = load_config(CONFIG, [*overrides, *per_agent, "team.stop_when_accepted=false", "model.dtype=float64"])

@@ -55,9 +55,10 @@ class RewardModel:
         for place, token in enumerate(turn.completion_ids):
             before = text.count(self.separator)
             text += run.tokenizer.decode([token], skip_special_tokens=True)
-            if text.count(self.separator) > before or place == last:
+            is_unended = place == last and text.rpartition(self.separator)[2].strip()
+            if text.count(self.separator) > before or is_unended:
                 ends.append(place)
-        return ends
+        return ends or [last]
 
 
 def _sample(turn: Turn) -> Sample:
@@ -114,7 +115,7 @@ def rewarded(
             return turn
         local = turn.local_reward or 0.0
         if id(turn) in steps:
-            local = min(steps[id(turn)].values())
+            local = min(steps[id(turn)].values(), key=lambda score: (isfinite(score), score))
             by_step[turn.id] = steps[id(turn)]
         local += _price(run, trace, turn, method)
         if not isfinite(local):
