@@ -116,3 +116,11 @@ def test_files_and_functions_stay_small(file: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= 60, f"{file}:{node.lineno} {node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "training" / "losses").glob("*.py")), ids=lambda f: f.name)
+def test_losses_are_pure_and_short(file: Path) -> None:
+    assert file.read_text(encoding="utf-8").count("\n") <= 120
+    for module in imported_modules(file):
+        inside = module.startswith("mas_hpc.training.losses") or not module.startswith("mas_hpc")
+        assert inside and not module.startswith("torch.distributed"), f"{file} imports {module}"
