@@ -58,6 +58,7 @@ def pipeline(config: ConfigFile, overrides: Overrides = None) -> None:
     from mas_hpc.phases import evaluation, training
 
     def job(run: Run) -> None:
+        training.check(run)
         run = training.warm_up(run)
         before = evaluation.evaluate(run, "before")
         training.train(run)
@@ -75,6 +76,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from mas_hpc.phases import training
 
     def job(run: Run) -> None:
+        training.check(run)
         training.train(training.warm_up(run))
         _report(run)
 

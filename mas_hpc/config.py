@@ -314,6 +314,13 @@ class RunConfig(Section):
     def _no_idle_knobs(self) -> RunConfig:
         if self.adapters.path and self.adapters.policies == "shared":
             raise ValueError(f"adapters.path={self.adapters.path!r}: no adapter is loaded; set adapters.policies=per_agent")
+        if self.adapters.policies == "per_agent" and self.adapters.scope == "speaker" and self.method.kind in ("rm", "prm"):
+            raise ValueError("adapters.scope=speaker: a reward model is saved with its adapter merged in; set it to sequence")
+        if self.warm_start and self.warm_start.eval_every:
+            raise ValueError(f"warm_start.eval_every={self.warm_start.eval_every}: only method.eval_every looks; set it to 0")
+        for name, sft in (("warm_start", self.warm_start), ("method", self.method)):
+            if isinstance(sft, SFTConfig) and sft.train_on != "auto" and not isinstance(self.data, DocumentsConfig):
+                raise ValueError(f"{name}.train_on={sft.train_on}: it is for data.kind=documents; set it to auto")
         roles = [agent.role for agent in self.team.agents[-2:]]
         if self.team.max_revisions > 1 and (self.team.topology == "single" or roles != ["reviser", "verifier"]):
             raise ValueError(

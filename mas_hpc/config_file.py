@@ -27,8 +27,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     raw = _parse_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
-    for override in overrides:
-        _apply(raw, override)
+    for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):
+        _apply(raw, override)  # a kind first, whatever the order: it clears its section
     _choose_data(raw, keep_warm_start=any(override.startswith("warm_start") for override in overrides))
     return validate(raw)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -124,6 +125,10 @@ class DPOConfig(OfflineConfig):
             raise ValueError(f"losses={self.losses}: expected losses of pairs, or kto alone, which judges single answers")
         if "kto" in self.losses and self.reference_free:
             raise ValueError("reference_free=true: kto compares with the reference; set it to false")
+        if "kto" in self.losses and self.batch_size < 2:
+            raise ValueError(f"batch_size={self.batch_size}: kto estimates its KL from other prompts; set it to 2 or more")
+        if min(self.losses.values()) < 0 or not 0 < sum(self.losses.values()) < math.inf:
+            raise ValueError(f"losses={self.losses}: expected finite weights of 0 or more, and one above 0")
         return self
 
 
@@ -166,7 +171,8 @@ class OnlineConfig(Optimization):
     break_penalty: Annotated[float, Field(ge=0.0)] = 0.0
     """An answer that breaks a right one earns minus this."""
     reward_model: str = ""
-    """Folder of a trained reward model or PRM (runs/<name>/model) that gives the reward of answers; empty: the verifier."""
+    """Folder of a trained reward model or PRM (runs/<name>/model) for the local reward of answers; empty: the verifier, which
+    also judges verdicts, team rewards and accuracy."""
     overlong_buffer: Count = 0
     """Soft length penalty over the last tokens before the limit (DAPO, arXiv 2503.14476, eq. 13); 0: none."""
     truncated: Literal["keep", "mask", "penalize"] = "keep"
@@ -178,13 +184,15 @@ class OnlineConfig(Optimization):
     kl: KLConfig = KLConfig()
 
     @model_validator(mode="after")
-    def _gradient_of_the_kl(self) -> OnlineConfig:
+    def _ratio_and_kl(self) -> OnlineConfig:
+        if 0 < self.dual_clip <= 1:
+            raise ValueError(
+                f"dual_clip={self.dual_clip:g}: it bounds ratios above 1; set it above 1 (3 is usual), or 0 for none"
+            )
         if self.kl.coefficient and self.kl.place == "loss" and self.kl.estimator == "k1" and not self.kl.unbiased:
             raise ValueError(
                 "kl.estimator=k1 in the loss has a gradient that ignores the reference; set kl.unbiased=true, or k2 or k3"
             )
-        if self.kl.target and self.kl.horizon <= 0.2 * self.tasks_per_step * getattr(self, "group_size", 1):
-            raise ValueError(f"kl.horizon={self.kl.horizon:g}: a batch has as many sequences; set it to 10000, which is usual")
         if self.kl.target and not self.kl.coefficient:
             raise ValueError(f"kl.target={self.kl.target:g} needs a kl.coefficient above 0 to start from, such as 0.05")
         return self
@@ -261,6 +269,14 @@ class GRPOConfig(GroupConfig):
     """Further rounds of sampling that replace groups without variance (DAPO); 0: none."""
     rae_decay: Fraction = 0.95
     """Of the moving average of advantage rae."""
+
+    @model_validator(mode="after")
+    def _variance_to_look_for(self) -> GRPOConfig:
+        if self.dynamic_sampling and self.group_size < 2:
+            raise ValueError(
+                f"dynamic_sampling={self.dynamic_sampling}: a group of one never has variance; set group_size to 2 or more"
+            )
+        return self
 
 
 class ATGRPOConfig(GroupConfig):

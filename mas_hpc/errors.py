@@ -23,3 +23,7 @@ class LaunchError(MasHpcError, RuntimeError):
 
 class CheckpointError(MasHpcError, OSError):
     """A model or checkpoint cannot be read or written."""
+
+
+class RunError(MasHpcError, RuntimeError):
+    """Training cannot go on."""

@@ -103,6 +103,9 @@ def test_shipped_configs_are_valid(file: Path) -> None:
     ("text", "problem"),
     [
         ("adapters: {path: runs/a/adapters}", "no adapter is loaded"),
+        ("adapters: {policies: per_agent, scope: speaker}\nmethod: {kind: rm}", "adapters.scope=speaker"),
+        ("warm_start: {eval_every: 5}", "warm_start.eval_every=5"),
+        ("method: {kind: sft, train_on: completion}", "method.train_on=completion"),
         ("team: {max_revisions: 2, topology: single}", "team.max_revisions=2"),
         ("team: {max_revisions: 2, agents: [{name: a, role: solver}, {name: b, role: critic}]}", "team.max_revisions=2"),
     ],
@@ -123,3 +126,8 @@ def test_a_path_alone_means_the_rows_that_the_method_learns_from(tmp_path: Path)
 def test_another_kind_starts_its_section_anew(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "data: {kind: ring, num_digits: 5}"), ["data.kind=addition", "data.num_digits=3"])
     assert (config.data.kind, config.data.num_digits) == ("addition", 3)
+
+
+def test_a_kind_clears_its_section_before_the_other_overrides_whatever_their_order(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "data: {kind: ring, num_digits: 5}"), ["data.num_train=9", "data.kind=addition"])
+    assert (config.data.kind, config.data.num_train) == ("addition", 9)

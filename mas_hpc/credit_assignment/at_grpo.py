@@ -22,6 +22,8 @@ class GroupSettings:
     advantage: GroupAdvantage = "group"
     agent_weights: Mapping[str, float]
     balance_verdicts: float = 0.0
+    penalties: bool = True
+    """Whether a negative reward is a penalty; False where a reward model gives any sign, so that the scale says nothing."""
 
 
 def at_grpo(traces: Sequence[Trace], settings: GroupSettings) -> list[Trace]:
@@ -38,7 +40,8 @@ def at_grpo(traces: Sequence[Trace], settings: GroupSettings) -> list[Trace]:
     baseline, scale = SCALES[settings.advantage]
     advantages = group_relative([turn.reward for turn in turns], keys, baseline=baseline, scale=scale)
     balance = verdict_weights(turns, limit=settings.balance_verdicts)
-    penalty = {key: penalty_weight(group) if scale == "group" else 1.0 for key, group in whole.items()}
+    scaled = settings.penalties and scale == "group"
+    penalty = {key: penalty_weight(group) if scaled else 1.0 for key, group in whole.items()}
     credit = {
         (key[0], turn.id): advantage
         * settings.agent_weights.get(turn.agent, 1.0)

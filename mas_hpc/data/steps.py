@@ -150,11 +150,6 @@ def step_sample(record: StepRecord, tokenizer: Any, *, policy: str, agent: str, 
     return scored(sample, at=[end for end, _ in known], labels=[label for _, label in known])
 
 
-def true_first_error(record: StepRecord) -> int:
-    """The first step whose label is below 0.5, from 0; -1 if none is."""
-    return first_error(record.labels, threshold=0.5)
-
-
 def first_error(scores: Sequence[float], threshold: float = 0.0) -> int:
     """The first step, from 0, whose score is below the threshold (0 for logits, 0.5 for probabilities); -1 if none is."""
     return next((index for index, score in enumerate(scores) if score < threshold), -1)

@@ -33,7 +33,11 @@ class Batch:
     def only(self, tasks: set[str]) -> Batch:
         """The episodes of these questions."""
         kept = [number for number, trace in enumerate(self.traces) if trace.task.id in tasks]
-        return replace(self, traces=[self.traces[n] for n in kept], outcomes=[self.outcomes[n] for n in kept])
+        turns = {turn.id for n in kept for turn in self.traces[n].turns}  # a question asked again has turns of the same ids
+        return replace(
+            self, traces=[self.traces[n] for n in kept], outcomes=[self.outcomes[n] for n in kept],
+            steps={name: found for name, found in self.steps.items() if name in turns},
+        )  # fmt: skip
 
     def joined(self, more: Batch, *, num_tasks: int) -> Batch:
         """With episodes of further questions, until there are `num_tasks`."""
@@ -41,7 +45,8 @@ class Batch:
         new = list(dict.fromkeys(trace.task.id for trace in more.traces if trace.task.id not in have))
         extra = more.only(set(new[: num_tasks - len(have)]))
         return replace(
-            self, traces=self.traces + extra.traces, outcomes=self.outcomes + extra.outcomes, steps={**self.steps, **more.steps}
+            self, traces=self.traces + extra.traces, outcomes=self.outcomes + extra.outcomes,
+            steps={**self.steps, **extra.steps},
         )  # fmt: skip
 
 

@@ -168,8 +168,9 @@ def _records(run: Run, method: OfflineMethod) -> tuple[list[Example], list[Examp
         rows = load_preferences(data.path, **limits)
         made = [[_preference(run, row, method) for row in part] for part in rows]
     train, test = (_short_enough(run, part) for part in made)
-    if not train:
-        raise DataError(f"data.path={data.path}: no training record is left; raise data.num_train or data.max_length")
+    for part, key in ((train, "num_train"), (test, "num_test")):
+        if not part:
+            raise DataError(f"data.path={data.path}: of data.{key} no record is left; raise data.{key} or data.max_length")
     return train, test
 
 

@@ -97,9 +97,13 @@ def _identity(sample: Sample) -> tuple[object, ...]:
 
 
 def _mismatched(samples: Sequence[Sample]) -> list[Sample]:
-    """Each prompt with the next sample's completion: what KTO estimates its KL from (arXiv 2402.01306, section 4.1)."""
-    following = [*samples[1:], *samples[:1]]
-    return [replace(s, completion_ids=t.completion_ids, loss_mask=t.loss_mask) for s, t in zip(samples, following, strict=True)]
+    """Each prompt with a completion of another: what KTO estimates its KL from (arXiv 2402.01306, section 4.1).
+
+    The other is half a batch away: the next sample may be the second answer to the same prompt.
+    """
+    half = len(samples) // 2
+    others = [*samples[half:], *samples[:half]]
+    return [replace(s, completion_ids=t.completion_ids, loss_mask=t.loss_mask) for s, t in zip(samples, others, strict=True)]
 
 
 def _with_kl(run: Run, network: Network, samples: list[Sample], mismatched: list[Sample]) -> list[Sample]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from random import Random
 from statistics import fmean
 from typing import Literal
@@ -18,7 +19,7 @@ from mas_hpc.config_methods import ATGRPOConfig, GroupConfig, GRPOConfig, Online
 from mas_hpc.credit_assignment.assign import to_samples, with_advantages, with_returns
 from mas_hpc.credit_assignment.at_grpo import GroupSettings, at_grpo
 from mas_hpc.credit_assignment.grpo import grpo, informative_tasks
-from mas_hpc.credit_assignment.kl_control import KLController
+from mas_hpc.credit_assignment.kl_control import MAX_ERROR, KLController
 from mas_hpc.credit_assignment.shaping import token_rewards
 from mas_hpc.data import trace_store
 from mas_hpc.distributed.ddp import DataParallel
@@ -28,7 +29,7 @@ from mas_hpc.orchestration.sampling import Sampling, derive_seed
 from mas_hpc.phases.batch import Batch, batch_metrics, print_completions, with_credit
 from mas_hpc.phases.examples import training_tasks
 from mas_hpc.phases.monitor import Monitor
-from mas_hpc.phases.reward import load_reward_model, rewarded
+from mas_hpc.phases.reward import load_reward_model, read_card, rewarded
 from mas_hpc.run import Run, how_to_play, play_all
 from mas_hpc.training.learner import Learner
 from mas_hpc.training.losses.kl import kl_estimate
@@ -36,12 +37,11 @@ from mas_hpc.training.methods import policy_objective
 from mas_hpc.training.network import Network
 from mas_hpc.training.online import Minibatch, Online, fit_online
 from mas_hpc.training.share import Totals
-from mas_hpc.types import Sample, Trace
+from mas_hpc.types import Sample, Trace, Turn
 
 
 def fit_online_method(run: Run, method: OnlineMethod) -> Network:
     """Collect, credit, learn and push, `method.steps` times; returns the trained network."""
-    check(run, method)
     trainer = Trainer(run, method)
     with Monitor(
         run, "train", method.steps, title=method.kind, parameters=trainer.learner.trained, eval_every=method.eval_every,
@@ -57,19 +57,30 @@ def fit_online_method(run: Run, method: OnlineMethod) -> Network:
 
 
 def check(run: Run, method: OnlineMethod) -> None:
-    """Refuse what the questions, the dialect or the adapters do not allow. Raises ConfigError, DataError."""
+    """Refuse what the questions, the dialect or the adapters do not allow, before anything is trained.
+
+    Raises ConfigError, DataError, CheckpointError.
+    """
     questions = training_tasks(run)
     if len(questions) < method.tasks_per_step:
         raise ConfigError(
             f"method.tasks_per_step={method.tasks_per_step}: there are {len(questions)} training questions; "
             f"set it to at most {len(questions)}, or raise data.num_train"
         )
+    if method.reward_model:
+        read_card(Path(method.reward_model))
+    _check_horizon(run, method)
     if not run.team.template.stop_ids and (method.truncated != "keep" or method.overlong_buffer):
         raise ConfigError(
             f"method.truncated={method.truncated}, method.overlong_buffer={method.overlong_buffer}: the tiny model's turns "
             "have a fixed length and no end token; set truncated=keep and overlong_buffer=0"
         )
-    if isinstance(method, PPOConfig) and method.critic == "separate" and run.bank:
+    answers = any(agent.role.produces == "answer" for agent in run.team.agents.values())
+    if isinstance(method, GRPOConfig) and method.group_by == "task" and not answers:
+        raise ConfigError(
+            "method.group_by=task: no agent of the team gives an answer, so no episode has an outcome; set it to agent"
+        )
+    if isinstance(method, PPOConfig) and method.critic == "separate" and run.config.adapters.policies == "per_agent":
         raise ConfigError(
             "method.critic=separate would train a second full model beside the adapters; set method.critic=shared and "
             "method.critic_warmup_steps=0"
@@ -78,6 +89,16 @@ def check(run: Run, method: OnlineMethod) -> None:
         run.console.print(
             f"[yellow]method.alpha={method.alpha:g} with method.team_rollouts=0: siblings share one team reward, "
             "which group centring erases; only local rewards train. Set method.team_rollouts=1 or more.[/yellow]"
+        )
+
+
+def _check_horizon(run: Run, method: OnlineMethod) -> None:
+    speakers = len(run.team.agents) + 2 * (run.config.team.max_revisions - 1)
+    sequences = method.tasks_per_step * speakers * (method.group_size if isinstance(method, GroupConfig) else 1)
+    if method.kl.target and method.kl.horizon <= MAX_ERROR * sequences:
+        raise ConfigError(
+            f"method.kl.horizon={method.kl.horizon:g}: a step has {sequences} sequences, which could turn the coefficient "
+            f"negative; set it above {MAX_ERROR * sequences:g}, 10000 is usual"
         )
 
 
@@ -155,7 +176,7 @@ class Trainer:
         if isinstance(method, ATGRPOConfig):
             groups = GroupSettings(
                 group_size=method.group_size, advantage=method.advantage, agent_weights=method.agent_weights,  # type: ignore[arg-type]
-                balance_verdicts=method.balance_verdicts,
+                balance_verdicts=method.balance_verdicts, penalties=self.reward_model is None,
             )  # fmt: skip
             traces = at_grpo(batch.traces, groups)
         elif isinstance(method, GRPOConfig):
@@ -182,11 +203,13 @@ class Trainer:
         return samples, metrics
 
     def _token_advantages(self, batch: Batch, samples: list[Sample], traces: list[Trace]) -> tuple[list[Sample], list[Trace]]:
-        """Columns `advantage` and, with a critic, `return`; an agent's turns in one episode are one trajectory."""
+        """Columns `advantage` and, with a critic, `return`."""
         method = self.method
-        agents = {turn.id: (number, turn.agent) for number, trace in enumerate(traces) for turn in trace.turns}
-        keys = [agents[sample.id] for sample in samples]
-        rewards = [self._rewards(sample, batch.steps.get(sample.id)) for sample in samples]
+        keys, steps = trajectories(method, traces, samples), batch.steps
+        if isinstance(method, GRPOConfig) and method.group_by == "task":  # the steps of other answers are not in the outcome
+            answers = [_answer(self.run, trace) for trace in traces]
+            steps = {turn.id: steps[turn.id] for turn in answers if turn and turn.id in steps}
+        rewards = [self._rewards(sample, steps.get(sample.id)) for sample in samples]
         if isinstance(method, PPOConfig):
             samples = self.critic.annotate(samples, self.run.world, column="old_value", read="score")
             samples = with_advantages(
@@ -255,10 +278,23 @@ def _sampling(run: Run, method: OnlineMethod) -> Sampling:
     )  # fmt: skip
 
 
-def _outcome(run: Run, trace: Trace) -> float | None:
-    """Reward of the last turn whose role gives an answer; None without one."""
-    answers = [turn.reward for turn in trace.path if run.team.agents[turn.agent].role.produces == "answer"]
+def _answer(run: Run, trace: Trace) -> Turn | None:
+    """The last turn whose role gives an answer: its reward is the outcome of the episode."""
+    answers = [turn for turn in trace.path if run.team.agents[turn.agent].role.produces == "answer"]
     return answers[-1] if answers else None
+
+
+def _outcome(run: Run, trace: Trace) -> float | None:
+    answer = _answer(run, trace)
+    return answer.reward if answer else None
+
+
+def trajectories(method: OnlineMethod, traces: Sequence[Trace], samples: Sequence[Sample]) -> list[Hashable]:
+    """Of each sample: an agent's turns in one episode are one; a turn is one alone where each earns the whole outcome."""
+    if isinstance(method, GRPOConfig) and method.group_by == "task":
+        return [sample.id for sample in samples]
+    agents = {turn.id: (number, turn.agent) for number, trace in enumerate(traces) for turn in trace.turns}
+    return [agents[sample.id] for sample in samples]
 
 
 def _by_token(method: OnlineMethod) -> bool:

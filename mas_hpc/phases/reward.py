@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from torch import sigmoid, tensor
 
@@ -80,22 +80,27 @@ def step_separator(run: Run) -> str:
     return run.config.data.separator if isinstance(run.config.data, StepsConfig) else ""
 
 
+def read_card(folder: Path) -> dict[str, str]:
+    """What the reward model of a folder reads. Raises CheckpointError for a folder that holds none."""
+    try:
+        return cast(dict[str, str], json.loads((folder / CARD).read_text(encoding="utf-8")))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"method.reward_model={str(folder)!r}: no {CARD} there ({error}); expected runs/<name>/model of a run with "
+            "method.kind rm or prm"
+        ) from None
+
+
 def load_reward_model(run: Run, path: str) -> RewardModel:
     """Read a trained reward model. Raises ConfigError for another vocabulary, CheckpointError for a folder that is none."""
     folder = Path(path)
-    try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"method.reward_model={path!r}: no {CARD} there ({error}); expected runs/<name>/model of a run with method.kind "
-            "rm or prm"
-        ) from None
+    card = read_card(folder)
     model, tokenizer = load_model(ModelConfig(path=path, dtype=run.config.model.dtype), seed=0)
     if tokenizer.get_vocab() != run.tokenizer.get_vocab():
         raise ConfigError(f"method.reward_model={path!r}: its vocabulary is not that of model.path={run.config.model.path!r}")
     head = ScalarHead.load(folder, model.config.hidden_size)
     network = Network(model=model.requires_grad_(False), head=head, max_tree_tokens=run.config.model.max_tree_tokens)
-    return RewardModel(network=network, reads=card["reads"], separator=card["separator"])
+    return RewardModel(network=network, reads="steps" if card["reads"] == "steps" else "answer", separator=card["separator"])
 
 
 def rewarded(

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mas_hpc.config_methods import OfflineConfig, ProcessRewardConfig, RewardModelConfig
+from mas_hpc.phases import online
 from mas_hpc.phases.offline import fit_offline_method
-from mas_hpc.phases.online import fit_online_method
 from mas_hpc.phases.reward import save_card, step_separator
 from mas_hpc.run import Run, with_adapters
 from mas_hpc.training.checkpoint import save
+
+
+def check(run: Run) -> None:
+    """Refuse a method that could not run, before the warm start takes its time. Raises ConfigError, DataError."""
+    if not isinstance(run.config.method, OfflineConfig):
+        online.check(run, run.config.method)
 
 
 def warm_up(run: Run) -> Run:
@@ -26,7 +32,7 @@ def train(run: Run) -> None:
     if isinstance(method, OfflineConfig):
         network = fit_offline_method(run, method, "train")
     else:
-        network = replace(fit_online_method(run, method), head=None)  # the critic's work is done
+        network = replace(online.fit_online_method(run, method), head=None)  # the critic's work is done
     if run.world.is_first:
         warm_start = run.config.warm_start
         save(

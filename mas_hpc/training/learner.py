@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from mas_hpc.config_methods import Optimization
 from mas_hpc.data.token_tree import TokenTree
 from mas_hpc.distributed.strategy import Strategy
-from mas_hpc.errors import DataError
+from mas_hpc.errors import DataError, RunError
 from mas_hpc.training.methods import Objective
 from mas_hpc.training.network import Network, embedding_noise
 from mas_hpc.training.share import Totals, share
@@ -48,7 +48,8 @@ class Learner:
 
         Returns loss, entropy (nats per trained token), grad_norm (before clipping; the largest, and with adapters that of
         each), learning_rate, tokens, and the means of the loss's own metrics.
-        Raises DataError when the objective needs the engine's log-probabilities, and a sample has nan or none.
+        Raises DataError when the objective needs the engine's log-probabilities, and a sample has nan or none; RunError,
+        before the weights are touched, when a gradient is not finite.
         """
         if objective.behavior:
             check_behavior(samples)
@@ -61,6 +62,11 @@ class Learner:
             group: float(torch.nn.utils.clip_grad_norm_(self._parameters[group], self._optimization.max_grad_norm))
             for group in active
         }
+        if not all(map(math.isfinite, norms.values())):
+            raise RunError(
+                f"step {self._num_steps + 1}: gradient norms {norms}, loss {metrics['loss']:g}: training has diverged; lower "
+                f"the learning rate ({self._optimization.learning_rate:g})"
+            )
         for group, settings in zip(self._parameters, self._optimizer.param_groups, strict=True):
             batches = self._num_updates[group] // self._updates_per_batch
             settings["lr"] = self._optimization.learning_rate * schedule(self._optimization, batches)

@@ -173,10 +173,11 @@ def _preference(outputs: Outputs, tree: TokenTree, totals: Totals, *, config: DP
     reference_S = segment_sum(reference_N, tree.sample_N, tree.num_samples)
     if "kto" in config.losses:
         (kl,) = tree.column_N["kl"].unique()
-        return kto_loss(
+        loss, metrics = kto_loss(
             sums_S - reference_S, tree.label_S == 1, kl, beta=config.beta, desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight, num_samples=totals.num_samples,
         )  # fmt: skip
+        return config.losses["kto"] * loss, metrics
     length_S = segment_sum(torch.ones_like(reference_N), tree.sample_N, tree.num_samples)
     columns = [_pairs(tree, value_S) for value_S in (sums_S, reference_S, length_S)]
     chosen, rejected = (

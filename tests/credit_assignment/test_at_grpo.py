@@ -126,3 +126,9 @@ def test_a_penalty_survives_standardisation() -> None:
 
 def test_failed_members_are_counted() -> None:
     assert group_metrics([trace(*pair("solver", 0, (1.0, None)))])["failed/solver"] == 0.5
+
+
+def test_a_reward_models_sign_is_no_penalty() -> None:
+    low = [turn("solver", 0, i, r, local_reward=r, committed=i == 0) for i, r in enumerate((-4.0, -5.0))]
+    settings = GroupSettings(group_size=2, advantage="group", agent_weights={}, penalties=False)
+    assert credits([trace(*low)], settings)[0] == pytest.approx(0.5**0.5, rel=1e-3)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from mas_hpc.data.steps import StepRecord, first_error, first_error_f1, load_steps, step_sample, true_first_error
+from mas_hpc.data.steps import StepRecord, first_error, first_error_f1, load_steps, step_sample
 from mas_hpc.data.token_tree import pack
 from mas_hpc.errors import DataError
 
@@ -78,7 +78,7 @@ def test_processbench_labels_end_at_the_first_error(tmp_path):
     assert wrong.labels[:2] == (1.0, 0.0)
     assert math.isnan(wrong.labels[2])
     assert right.labels == (1.0, 1.0, 1.0)
-    assert (true_first_error(wrong), true_first_error(right)) == (1, -1)
+    assert (first_error(wrong.labels, 0.5), first_error(right.labels, 0.5)) == (1, -1)
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "\n", ""])
@@ -133,6 +133,6 @@ def test_all_of_prm800k_phase_1_is_read_and_splits_by_question(shared_data):
 def test_processbench_is_read_whole_for_evaluation(shared_data):
     _, test = load_steps(str(shared_data / "processbench" / "gsm8k.json"), num_train=0, num_test=400, seed=0)
     assert len(test) == 400
-    true = [true_first_error(record) for record in test]
+    true = [first_error(record.labels, 0.5) for record in test]
     assert first_error_f1(zip(true, true, strict=True))["f1"] == 1.0
     assert true.count(-1) == 193

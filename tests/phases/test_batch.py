@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from statistics import pstdev
 
 import pytest
@@ -88,3 +89,11 @@ def test_the_table_shows_text_as_it_is_with_rewards_and_advantage() -> None:
     shown = out.getvalue()
     assert "step 3" in shown and "[red]x y[/red]" in shown and "+1.000" in shown and "-0.250" in shown and "is p?" in shown
     print_completions(Console(file=out, width=120), [trace("p", turn("a", 1, 1.0))], 0)  # nothing was credited
+
+
+def test_rewards_of_steps_stay_with_their_episodes_when_a_question_is_asked_again() -> None:
+    have, more = batch("p", "q"), batch("p", "r")  # turn p0 of both: a question in two rounds has turns of the same ids
+    more = replace(more, steps={"p0": {0: 9.0}, "r1": {0: 2.0}})
+    have = replace(have, steps={"p0": {0: 1.0}, "q1": {0: 0.5}}).only({"p"})
+    assert have.steps == {"p0": {0: 1.0}}
+    assert have.joined(more, num_tasks=2).steps == {"p0": {0: 1.0}, "r1": {0: 2.0}}

@@ -12,6 +12,7 @@ import torch
 from mas_hpc.config_methods import ATGRPOConfig, Optimization, RewardModelConfig, SFTConfig
 from mas_hpc.distributed.ddp import DataParallel
 from mas_hpc.distributed.world import World
+from mas_hpc.errors import RunError
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.heads import ScalarHead
 from mas_hpc.training.learner import Learner, build_optimizer, schedule
@@ -44,6 +45,16 @@ def snapshot(parameters) -> list[torch.Tensor]:
 
 def moved(before, parameters) -> bool:
     return not all(torch.equal(x, y) for x, y in zip(before, parameters, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(make_model, make_samples) -> None:
+    batch = take(make_samples())
+    network = Network(model=make_model())
+    before = snapshot(network.model.parameters())
+    broken = replace(POLICY, behavior=False)
+    with pytest.raises(RunError, match=r"step 1: gradient norms \{'shared': nan\}.*lower the learning rate \(0.01\)"):
+        learner(network).update([replace(batch[0], advantage=math.nan)], broken, Totals.of(batch[:1]))
+    assert not moved(before, network.model.parameters())
 
 
 # ---- ranks
