@@ -7,6 +7,7 @@ run again. Usage: OMP_NUM_THREADS=1 python benchmarks/bench_train.py [--case sft
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -63,6 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.data.is_file():
         parser.error(f"--data {arguments.data}: no such file; expected GSM8K's train.jsonl (question, answer a line)")
+    if importlib.util.find_spec("trl") is None:
+        parser.error("TRL is not installed: pip install -c constraints.txt -e '.[bench]'")
     if arguments.side:
         child(arguments.case[0], arguments.side, arguments.data, arguments.out)
         return
