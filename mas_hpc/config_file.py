@@ -70,8 +70,8 @@ def _choose_data(raw: dict[str, Any], *, keep_warm_start: bool) -> None:
     if not isinstance(data, dict) or "path" not in data or data.get("kind", "ring") not in ("ring", "addition"):
         return
     kind = str(method.get("kind")) if isinstance(method, dict) else ""
-    sizes = {key: data[key] for key in ("path", "num_train", "num_test", "seed") if key in data}
-    raw["data"] = {"kind": ROWS_OF.get(kind, "gsm8k"), **sizes}
+    rest = {key: value for key, value in data.items() if key not in ("kind", "num_digits", "modulus")}  # the generators' own
+    raw["data"] = {"kind": ROWS_OF.get(kind, "gsm8k"), **rest}
     if not keep_warm_start:
         raw.pop("warm_start", None)
 

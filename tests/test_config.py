@@ -119,6 +119,9 @@ def test_a_path_alone_means_the_rows_that_the_method_learns_from(tmp_path: Path)
     for method, kind in (("rm", "preferences"), ("dpo", "preferences"), ("prm", "steps"), ("ppo", "gsm8k"), ("sft", "gsm8k")):
         config = load_config(write(tmp_path, ring % method), ["data.path=rows"])
         assert (config.data.kind, config.data.num_train, config.warm_start) == (kind, 50, None)
+    limited = load_config(write(tmp_path, ring % "prm"), ["data.path=rows", "data.max_length=9", "data.separator=;"])
+    assert (limited.data.max_length, limited.data.separator) == (9, ";")
+    assert "data.separater: unknown key" in message(tmp_path, ring % "prm", "data.path=rows", "data.separater=;")
     kept = load_config(write(tmp_path, ring % "dpo"), ["data.path=rows", "warm_start.steps=3"])
     assert kept.warm_start is not None and kept.warm_start.steps == 3
 

@@ -349,3 +349,16 @@ def test_a_mistake_is_one_line_with_a_remedy(cli: Cli, method: str, words: Words
     code, _, err = cli("train", method, *TINY, *few, *words)
     assert code == 1 and message in err
     assert len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_limit_that_leaves_no_record_is_refused(cli: Cli, runs: Path, split: str) -> None:
+    folder = runs / f"long-{split}"
+    folder.mkdir()
+    for name in ("train", "test"):
+        prompt = "Q" + "1" * (30 if name == split else 3)
+        write_rows(folder / f"{name}.jsonl", [{"prompt": prompt, "chosen": "12", "rejected": "34"}])
+    words = (f"data.path={folder}", "data.max_length=20", "warm_start=null", "method.steps=1")
+    code, out, err = cli("train", "dpo", *words)
+    assert code == 1 and f"of data.num_{split} no record is left" in err
+    assert "1 of 1 records have more than data.max_length=20 tokens" in out

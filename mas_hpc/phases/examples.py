@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from random import Random
 from typing import Any
 
@@ -45,7 +45,7 @@ def build_source(run: Run, method: OfflineMethod, phase: str) -> Source:
     else:
         tasks, answers = training_tasks(run), _judged_answers(run, method)
         draw, num_train = (lambda number, epoch: answers(tasks[number], epoch)), len(tasks)
-        test = [answers(task, 0) for task in run.test_tasks]
+        test = [answers(task, 0) for task in run.test_tasks[: run.config.evaluation.num_tasks]]
     held_out = [sample for example in test[: run.config.evaluation.num_tasks] for sample in example]
     batch = _epochs(draw, num_train, method.batch_size, derive_seed(run.config.seed, phase))
     return Source(batch=batch, held_out=lambda: held_out)
@@ -87,10 +87,13 @@ def _transcripts(run: Run, method: SFTConfig, phase: str) -> Source:
             for sample in demonstrate(task, run.team, demonstrator, seed)
         ]
 
-    held_out = run.test_tasks[: run.config.evaluation.num_tasks]
-    seeds = [derive_seed(run.config.evaluation.seed, number) for number in range(len(held_out))]
-    samples = [demonstrate(task, run.team, demonstrator, seed) for task, seed in zip(held_out, seeds, strict=True)]
-    return Source(batch=batch, held_out=lambda: [sample for made in samples for sample in made])
+    @cache  # a warm start never asks
+    def held_out() -> list[Sample]:
+        tasks = enumerate(run.test_tasks[: run.config.evaluation.num_tasks])
+        seeded = [(task, derive_seed(run.config.evaluation.seed, number)) for number, task in tasks]
+        return [sample for task, seed in seeded for sample in demonstrate(task, run.team, demonstrator, seed)]
+
+    return Source(batch=batch, held_out=held_out)
 
 
 def training_tasks(run: Run) -> tuple[Task, ...]:

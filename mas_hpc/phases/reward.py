@@ -141,9 +141,5 @@ def _is_answer(run: Run, turn: Turn) -> bool:
 
 def _price(run: Run, trace: Trace, turn: Turn, method: OnlineConfig) -> float:
     limit = run.team.template.limit(trace.task, run.team.agents[turn.agent])
-    price = (
-        overlong_penalty(len(turn.completion_ids), max_length=limit, buffer=method.overlong_buffer)
-        if method.overlong_buffer
-        else 0.0
-    )
+    price = overlong_penalty(len(turn.completion_ids), max_length=limit, buffer=method.overlong_buffer)
     return price - TRUNCATION_PENALTY * (method.truncated == "penalize" and turn.finish == "length")

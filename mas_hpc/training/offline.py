@@ -14,7 +14,7 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 def fit_offline(
     *, batch: Callable[[int], Sequence[Sample]], learner: Learner, objective: Objective, log: Log, steps: range,
-    look: Callable[[int], None] = lambda step: None,
+    look: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Train on `batch(step)` for every step, then let `look` evaluate and keep the best; counts are those of the batch."""
     for step in steps:

@@ -306,3 +306,36 @@ def test_pairs_must_alternate(make_samples, make_model) -> None:
     tree = pack(make_samples(1)[::-1], adapters={}, scope="sequence")
     with pytest.raises(AssertionError, match="chosen, rejected"), network.run(tree) as outputs:
         OBJECTIVES["dpo_sigmoid"].loss(outputs, tree, Totals(num_tokens=1, num_samples=4))
+
+
+@pytest.mark.parametrize(
+    ("loss", "advantage", "expected", "gradient"),
+    [
+        # log-ratios .1, -.2, .3: exp(mean) = 1.068939 (golden G30), inside the clip
+        ("gspo", 1.0, -1.068939, [-1.068939 / 3] * 3),
+        # each token alone; 1.349859 is cut to 1.2 and has no gradient
+        ("dapo", 1.0, -(1.105171 + 0.818731 + 1.2) / 3, [-1.105171 / 3, -0.818731 / 3, 0.0]),
+        # the cut ratio as a weight of log pi, at -0.9, -1.2 and -0.7
+        ("cispo", 1.0, -(1.105171 * -0.9 + 0.818731 * -1.2 + 1.2 * -0.7) / 3, [-1.105171 / 3, -0.818731 / 3, -1.2 / 3]),
+    ],
+)
+def test_g30_g31_each_loss_has_its_own_ratio(loss: str, advantage: float, expected: float, gradient: list[float]) -> None:
+    sample = Sample(
+        id="s", tree="s", agent="a", policy="p", prompt_ids=(1,), prompt_spans=(("", 1),), completion_ids=(2, 3, 4),
+        behavior_logprobs=(-1.0,) * 3, advantage=advantage,
+    )  # fmt: skip
+    logprob_N = torch.tensor([-0.9, -1.2, -0.7], requires_grad=True)
+    outputs = Outputs(logprob_N=logprob_N, entropy_N=torch.empty(0), score_N=torch.empty(0))
+    tree = pack([sample], adapters={}, scope="sequence")
+    value, _ = online(GRPOConfig(loss=loss)).loss(outputs, tree, Totals.of([sample]))
+    value.backward()
+    assert value.item() == pytest.approx(expected, abs=1e-5)
+    assert logprob_N.grad.tolist() == pytest.approx(gradient, abs=1e-5)
+
+
+def test_the_weight_of_kto_multiplies_its_loss(step, make_samples) -> None:
+    samples = [
+        replace(s, label=float(n % 2), columns={"kl": (0.0,) * len(s.completion_ids)}) for n, s in enumerate(make_samples(2))
+    ]
+    one, three = (step(samples, offline_objective(DPOConfig(losses={"kto": w})))[0]["loss"] for w in (1.0, 3.0))
+    assert three == pytest.approx(3 * one)
