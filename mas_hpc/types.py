@@ -6,9 +6,10 @@ A question opens a tree; each turn (one model call by one agent) is a node of it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 Finish = Literal["stop", "length", "error"]
@@ -89,6 +90,11 @@ class Turn:
     team_reward: float | None = None
     credit: float | None = None
     """The advantage that training used."""
+
+
+def rounds_of(path: Sequence[Turn]) -> tuple[tuple[Turn, ...], ...]:
+    """Committed turns by round: those that continue the same turn read the same state (a debate's round, a mixture's layer)."""
+    return tuple(tuple(group) for _, group in groupby(path, key=lambda turn: turn.parent))
 
 
 @dataclass(frozen=True, kw_only=True)
