@@ -105,6 +105,8 @@ class ReasoningGymConfig(TaskSetConfig):
     """Name of the variant."""
     name: str
     """Data set of the library, such as chain_sum, gsm_symbolic, mini_sudoku, sokoban."""
+    settings: dict[str, int | float] = {}  # noqa: RUF012 (pydantic copies it)
+    """The data set's own numeric settings, such as min_empty of mini_sudoku; the library's defaults where absent."""
 
 
 class Gsm8kConfig(TaskSetConfig):

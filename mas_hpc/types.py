@@ -41,6 +41,8 @@ class Task:
     """Name in evaluation.graders.GRADERS: how a given answer is compared."""
     compact: str = ""
     """The question in the alphabet of the tiny model; "" when there is none."""
+    compact_answer: str = ""
+    """The reference answer in that alphabet, of a length that gives nothing away; "" when `answer` is already so."""
     solution: str = ""
     """A worked solution for demonstrations; "" when there is none."""
 

@@ -122,7 +122,8 @@ class CompactTemplate:
         """Question and cue letter."""
         if not task.compact:
             raise DataError(
-                f"task {task.id}: the tiny model reads only data.kind ring and addition; "
+                f"task {task.id}: the tiny model reads only data.kind ring and addition, and of reasoning_gym mini_sudoku and "
+                "shortest_path; "
                 "set model.path to a model with a chat template for other task sets"
             )
         return self.write(f"Q{task.compact}{agent.role.letter}")
@@ -133,8 +134,8 @@ class CompactTemplate:
         return self.write(lead + agent.role.letter)
 
     def limit(self, task: Task, agent: Agent) -> int:
-        """An answer is as long as the reference answer; a verdict is a mark for each of its digits, and + or -."""
-        return min(agent.max_new_tokens, len(task.answer) + (agent.role.produces == "verdict"))
+        """An answer is as long as the reference answer; a verdict is a mark for each of its characters, and + or -."""
+        return min(agent.max_new_tokens, len(task.compact_answer or task.answer) + (agent.role.produces == "verdict"))
 
     def read(self, agent: Agent, text: str) -> tuple[str | None, bool | None]:
         """The answer is the text; the verdict is its last character, + or -."""
