@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?"
@@ -40,3 +42,9 @@ def read_verdict(text: str) -> bool | None:
         if found:
             return found == {"CORRECT"} if len(found) == 1 else None
     return None
+
+
+def majority(answers: Iterable[str | None]) -> str | None:
+    """The most frequent answer, the first seen among equals; None (no answer) never wins over an answer."""
+    counts = Counter(answer for answer in answers if answer is not None)
+    return max(counts, key=counts.__getitem__, default=None)

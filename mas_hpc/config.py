@@ -21,6 +21,7 @@ from mas_hpc.config_methods import (
     Section,
     SFTConfig,
 )
+from mas_hpc.config_team import TeamConfig
 
 
 class ModelConfig(Section):
@@ -178,39 +179,6 @@ TaskConfig = RingConfig | AdditionConfig | ReasoningGymConfig | Gsm8kConfig | Ma
 DataConfig = Annotated[TaskConfig | DocumentsConfig | PreferencesConfig | StepsConfig, Field(discriminator="kind")]
 
 
-class AgentConfig(Section):
-    """One agent of the team."""
-
-    name: str
-    """Unique in the team."""
-    role: Literal["solver", "critic", "reviser", "verifier"] = "solver"
-    """What it is asked for and how its text is read."""
-    prompt: str = ""
-    """Instruction in chat templates; empty: the role's own."""
-    sees: Literal["transcript", "question", "answers"] = "transcript"
-    """What it reads: all earlier committed turns, only the question, or the question and the turns that propose answers."""
-    max_new_tokens: Count = 0
-    """Completion limit of this agent in tokens; 0: rollout.max_new_tokens."""
-
-
-class TeamConfig(Section):
-    """Who speaks, and when."""
-
-    topology: Literal["pipeline", "single"] = "pipeline"
-    """pipeline: the agents speak in order; single: only the first."""
-    agents: tuple[AgentConfig, ...] = (
-        AgentConfig(name="solver", role="solver"),
-        AgentConfig(name="critic", role="critic"),
-        AgentConfig(name="reviser", role="reviser"),
-        AgentConfig(name="verifier", role="verifier"),
-    )
-    """The team, in speaking order."""
-    stop_when_accepted: bool = False
-    """End the episode as soon as a critic or verifier accepts the answer; otherwise every agent speaks."""
-    max_revisions: Positive = 1
-    """Times the reviser may speak: while the verifier rejects, both go again."""
-
-
 class RolloutConfig(Section):
     """How completions are sampled."""
 
@@ -288,8 +256,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _across_sections(self) -> RunConfig:
         names = [agent.name for agent in self.team.agents]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"team.agents: names {names}; expected at least one agent and unique names")
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r}: expected a folder name without '/'")
         if isinstance(self.method, ATGRPOConfig):
@@ -323,10 +289,10 @@ class RunConfig(Section):
         for name, sft in (("warm_start", self.warm_start), ("method", self.method)):
             if isinstance(sft, SFTConfig) and sft.train_on != "auto" and not isinstance(self.data, DocumentsConfig):
                 raise ValueError(f"{name}.train_on={sft.train_on}: it is for data.kind=documents; set it to auto")
-        roles = [agent.role for agent in self.team.agents[-2:]]
-        if self.team.max_revisions > 1 and (self.team.topology == "single" or roles != ["reviser", "verifier"]):
+        policies = {agent.policy for agent in self.team.agents} - {"", "shared", *self.team.models}
+        if policies and self.adapters.policies == "shared":
             raise ValueError(
-                f"team.max_revisions={self.team.max_revisions}: only a pipeline that ends in a reviser and a verifier "
-                f"revises again; team.topology is {self.team.topology}, the last roles are {roles}"
+                f"team.agents: policies {sorted(policies)} have no weights of their own; set adapters.policies=per_agent, or "
+                "name them in team.models"
             )
         return self

@@ -30,13 +30,13 @@ def print_plan(config: RunConfig) -> None:
 
 def plan(config: RunConfig) -> list[tuple[str, str]]:
     """(phase, what it does) in order."""
-    agents = " -> ".join(agent.name for agent in config.team.agents[: 1 if config.team.topology == "single" else None])
+    agents = " -> ".join(agent.name for agent in config.team.speaking)
     data = config.data
     noun = "records" if isinstance(data, RecordConfig) else "questions"
     rows = [
         ("model", f"{config.model.path}, {config.model.dtype}, policies {config.adapters.policies}"),
         ("data", f"{data.kind}: {data.num_train} training and {data.num_test} held-out {noun}"),
-        ("team", f"{config.team.topology}: {agents}, at most {config.team.max_revisions} revision(s)"),
+        ("team", f"{config.team.topology}: {agents}, {config.team.rounds} round(s), at most {config.team.max_speakers} turns"),
     ]
     if config.warm_start:
         rows.append(("warm start", f"SFT, {config.warm_start.steps} steps of {config.warm_start.batch_size} transcripts"))
@@ -59,7 +59,7 @@ def _training(config: RunConfig) -> str:
     if isinstance(method, OfflineConfig):
         return f"{name} of {method.batch_size} examples"
     times = method.group_size if isinstance(method, GroupConfig) else 1
-    speakers = 1 if config.team.topology == "single" else len(config.team.agents)
+    speakers = config.team.max_speakers if config.team.topology != "pipeline" else len(config.team.agents)
     calls = method.tasks_per_step * times * speakers
     updates = method.updates_per_batch * method.minibatches
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from ruamel.yaml import YAML
 
-from mas_hpc.agents.agent import Agent
-from mas_hpc.agents.role import ROLES
-from mas_hpc.agents.template import ChatTemplate, CompactTemplate, Template
-from mas_hpc.config import AdapterConfig, RecordConfig, RunConfig, TeamConfig
+from mas_hpc.config import AdapterConfig, RecordConfig, RunConfig
 from mas_hpc.config_methods import OnlineConfig
 from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
@@ -28,8 +25,10 @@ from mas_hpc.models.load import checkpoint_activations, load_model
 from mas_hpc.orchestration.collect import collect
 from mas_hpc.orchestration.episode import Play, Team
 from mas_hpc.orchestration.sampling import Sampling
-from mas_hpc.orchestration.topology import Pipeline, Single, Topology
+from mas_hpc.rollout.engine import RolloutEngine
 from mas_hpc.rollout.native.engine import NativeEngine
+from mas_hpc.rollout.router import RoutedEngine
+from mas_hpc.teams import build_team
 from mas_hpc.training.log import MetricsLog
 from mas_hpc.training.network import Network
 from mas_hpc.types import Task, Trace, Turn
@@ -47,7 +46,9 @@ class Run:
     model: Any
     tokenizer: Any
     bank: AdapterBank | None
-    engine: NativeEngine
+    other_models: Mapping[str, Any]
+    """Models by the policy that they serve; never trained."""
+    engine: RolloutEngine
     team: Team
     train_tasks: tuple[Task, ...]
     test_tasks: tuple[Task, ...]
@@ -89,6 +90,9 @@ def build(config: RunConfig, world: World, console: Console) -> Run:
         model, tokenizer = load_model(config.model, seed=config.seed)
     if config.model.activation_checkpointing:
         checkpoint_activations(model)
+    other_models = {
+        policy: load_other(config, path, tokenizer, f"team.models.{policy}") for policy, path in config.team.models.items()
+    }
     team = build_team(config.team, config, tokenizer)
     folder = claim_folder(config.folder, world)
     if world.is_first:
@@ -96,9 +100,31 @@ def build(config: RunConfig, world: World, console: Console) -> Run:
     return Run(
         config=config, world=world, folder=folder, console=console,
         log=MetricsLog(folder, is_writer=world.is_first, tracking=config.tracking),
-        model=model, tokenizer=tokenizer, bank=None, engine=NativeEngine(model, tokenizer, max_rows=config.rollout.max_rows),
+        model=model, tokenizer=tokenizer, bank=None, other_models=other_models,
+        engine=build_engine(config, model, tokenizer, other_models),
         team=team, train_tasks=train_tasks, test_tasks=test_tasks,
     )  # fmt: skip
+
+
+def load_other(config: RunConfig, path: str, tokenizer: Any, key: str) -> Any:
+    """A model of the run's vocabulary beside its own. Raises ConfigError for another vocabulary."""
+    model, its_tokenizer = load_model(config.model.model_copy(update={"path": path}), seed=config.seed)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}={path!r}: its vocabulary is not that of model.path={config.model.path!r}, so the agents could not read "
+            "each other's tokens; choose models of one family"
+        )
+    return model.requires_grad_(False)
+
+
+def build_engine(
+    config: RunConfig, model: Any, tokenizer: Any, other_models: Mapping[str, Any], bank: AdapterBank | None = None
+) -> RolloutEngine:
+    """The engine of the trained model, and one for every policy with a model of its own."""
+    rows = config.rollout.max_rows
+    main = NativeEngine(model, tokenizer, bank=bank, scope=config.adapters.scope, max_rows=rows)
+    own = {policy: NativeEngine(other, tokenizer, max_rows=rows) for policy, other in other_models.items()}
+    return RoutedEngine(main, own) if own else main
 
 
 def check_world(config: RunConfig, world: World) -> None:
@@ -137,38 +163,10 @@ def write_config(config: RunConfig, folder: Path) -> None:
         YAML(typ="safe", pure=True).dump(config.model_dump(mode="json"), stream)
 
 
-def build_team(settings: TeamConfig, config: RunConfig, tokenizer: Any) -> Team:
-    """Agents, topology and the dialect of the model."""
-    template: Template = ChatTemplate(tokenizer) if tokenizer.chat_template else CompactTemplate(tokenizer)
-    agents = {
-        agent.name: Agent(
-            name=agent.name, role=ROLES[agent.role], sees=agent.sees, prompt=agent.prompt,
-            policy=agent.name if config.adapters.policies == "per_agent" else "shared",
-            max_new_tokens=agent.max_new_tokens or config.rollout.max_new_tokens,
-        )
-        for agent in (settings.agents[:1] if settings.topology == "single" else settings.agents)
-    }  # fmt: skip
-    return Team(agents=agents, topology=build_topology(settings), template=template)
-
-
-def build_topology(settings: TeamConfig) -> Topology:
-    """Single, or the pipeline whose closing reviser and verifier go again while the verifier rejects."""
-    names = tuple(agent.name for agent in settings.agents)
-    if settings.topology == "single":
-        return Single(agent=names[0])
-    loops = [agent.role for agent in settings.agents[-2:]] == ["reviser", "verifier"]
-    return Pipeline(
-        agents=names,
-        stop_when_accepted=settings.stop_when_accepted,
-        num_looped=2 if loops else 0,
-        max_rounds=settings.max_revisions,
-    )
-
-
 def with_adapters(run: Run) -> Run:
     """Freeze the base and give every policy its adapter."""
     settings: AdapterConfig = run.config.adapters
-    policies = list(dict.fromkeys(agent.policy for agent in run.team.agents.values()))
+    policies = list(dict.fromkeys(a.policy for a in run.team.agents.values() if a.policy not in run.other_models))
     bank = AdapterBank.install(
         run.model,
         policies,
@@ -180,10 +178,7 @@ def with_adapters(run: Run) -> Run:
     )
     for policy in policies if settings.path else []:
         bank.load(policy, Path(settings.path) / policy)
-    engine = NativeEngine(
-        run.model, run.tokenizer, bank=bank, scope=settings.scope, max_rows=run.config.rollout.max_rows
-    )  # fmt: skip
-    return replace(run, bank=bank, engine=engine)
+    return replace(run, bank=bank, engine=build_engine(run.config, run.model, run.tokenizer, run.other_models, bank))
 
 
 def how_to_play(run: Run, sampling: Sampling, seed: int, team: Team | None = None) -> Play:

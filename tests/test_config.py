@@ -106,8 +106,8 @@ def test_shipped_configs_are_valid(file: Path) -> None:
         ("adapters: {policies: per_agent, scope: speaker}\nmethod: {kind: rm}", "adapters.scope=speaker"),
         ("warm_start: {eval_every: 5}", "warm_start.eval_every=5"),
         ("method: {kind: sft, train_on: completion}", "method.train_on=completion"),
-        ("team: {max_revisions: 2, topology: single}", "team.max_revisions=2"),
-        ("team: {max_revisions: 2, agents: [{name: a, role: solver}, {name: b, role: critic}]}", "team.max_revisions=2"),
+        ("team: {rounds: 2, topology: single}", "team.rounds=2"),
+        ("team: {rounds: 2, agents: [{name: a, role: solver}, {name: b, role: critic}]}", "team.rounds=2"),
     ],
 )
 def test_knobs_that_would_do_nothing_are_refused(tmp_path: Path, text: str, problem: str) -> None:

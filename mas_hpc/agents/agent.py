@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from mas_hpc.agents.role import Role
-from mas_hpc.types import Turn
+from mas_hpc.agents.role import Role, Sees
+from mas_hpc.types import Turn, rounds_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +19,7 @@ class Agent:
     name: str
     role: Role
     policy: str
-    sees: Literal["transcript", "question", "answers"]
+    sees: Sees
     max_new_tokens: int
     prompt: str = ""
     """Instruction that replaces the role's own; empty: the role's."""
@@ -34,6 +33,9 @@ class Agent:
         """The committed turns that this agent reads, in order."""
         if self.sees == "question":
             return ()
-        if self.sees == "answers":
-            return tuple(turn for turn in path if agents[turn.agent].role.produces == "answer")
+        if self.sees == "references":
+            return rounds_of(path)[-1] if path else ()
+        if self.sees in ("answers", "latest"):
+            answers = tuple(turn for turn in path if agents[turn.agent].role.produces == "answer")
+            return answers[-1:] if self.sees == "latest" else answers
         return tuple(path)

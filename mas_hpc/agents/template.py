@@ -7,6 +7,7 @@ and only the cue between them is encoded, so that a child's prompt continues its
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mas_hpc.agents.agent import Agent
@@ -26,6 +27,10 @@ class Template(Protocol):
 
     def cue(self, task: Task, agent: Agent, previous: Turn) -> tuple[int, ...]:
         """Tokens between the completion of `previous` and the agent's own."""
+        ...
+
+    def references(self, task: Task, agent: Agent, seen: Sequence[Turn]) -> list[tuple[str, tuple[int, ...]]]:
+        """Prompt of an agent that reads `seen` as numbered references: runs of (policy that wrote it, "" for ours; tokens)."""
         ...
 
     def write(self, text: str) -> tuple[int, ...]:
@@ -72,6 +77,18 @@ class ChatTemplate:
     def opening(self, task: Task, agent: Agent) -> tuple[int, ...]:
         """The question and the first agent's instruction as one user message."""
         return self._encode(f"{self._head}{self._plain(task.question)}\n\n{agent.instruction}{self._tail}")
+
+    def references(self, task: Task, agent: Agent, seen: Sequence[Turn]) -> list[tuple[str, tuple[int, ...]]]:
+        """The question, the responses numbered as in Mixture of Agents (arXiv 2406.04692), and the instruction: one message.
+
+        Sampled ids stay as they are, but for the token that ended their turn; failed turns are left out.
+        """
+        runs = [("", self._encode(f"{self._head}{self._plain(task.question)}\n\nResponses from other agents:"))]
+        for number, turn in enumerate((turn for turn in seen if turn.completion_ids), 1):
+            ended = turn.completion_ids[-1] in self.stop_ids
+            runs.append(("", self._encode(f"\n\n{number}. ")))
+            runs.append((turn.policy, turn.completion_ids[:-1] if ended else turn.completion_ids))
+        return [*runs, ("", self._encode(f"\n\n{agent.instruction}{self._tail}"))]
 
     def _plain(self, text: str) -> str:
         """The text with a blank inside each control token, so that a question cannot end its own message."""
@@ -132,6 +149,12 @@ class CompactTemplate:
         """The question or the first digit again, then the cue letter."""
         lead = f"Q{task.compact}" if agent.role.produces == "answer" else (previous.answer or "")[:1]
         return self.write(lead + agent.role.letter)
+
+    def references(self, task: Task, agent: Agent, seen: Sequence[Turn]) -> list[tuple[str, tuple[int, ...]]]:
+        """The completions in order, each after its cue, then the agent's: `Q31203S012300Q31203S230122Q31203R`."""
+        lead = self.write(f"Q{task.compact}S")
+        runs = [run for turn in seen for run in (("", lead), (turn.policy, turn.completion_ids))]
+        return [*runs, ("", self.opening(task, agent))]
 
     def limit(self, task: Task, agent: Agent) -> int:
         """An answer is as long as the reference answer; a verdict is a mark for each of its characters, and + or -."""

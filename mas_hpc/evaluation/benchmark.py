@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from mas_hpc.answers import majority
 from mas_hpc.evaluation.graders import grade
 from mas_hpc.evaluation.metrics import (
     VerdictBalance,
     balanced_verdicts,
-    majority,
     paired_test,
     tokens_per_question,
     wilson,

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from fractions import Fraction
+from statistics import NormalDist, fmean, stdev
 
+import mpmath
+
+from mas_hpc.errors import DataError
 from mas_hpc.types import Trace
 
 
@@ -47,6 +51,48 @@ class VerdictBalance:
     """Verdicts that could not be read."""
     n: int
     """Verdicts asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusteredMean:
+    """A mean of values that depend on each other inside a cluster, such as the samples of one question.
+
+    Example: clustered_mean([[1.0, 0.0], [1.0, 1.0]]) has mean=0.75, standard_error=0.25, n=4, num_clusters=2
+    """
+
+    mean: float
+    standard_error: float | None
+    """None with fewer than two clusters."""
+    n: int
+    num_clusters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedMean:
+    """Mean over seeds with the half width of its Student-t interval.
+
+    Example: t_interval([0.5, 0.7]) has mean=0.6, half_width=1.2706, n=2: two seeds say next to nothing
+    """
+
+    mean: float
+    half_width: float | None
+    """None with fewer than two seeds."""
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedSeeds:
+    """Mean difference of two methods over seeds that they share, and the paired t-test of no difference.
+
+    Example: paired_t([0.01, 0.03]) has mean=0.02, half_width=0.12706, p_value=0.2952, n=2
+    """
+
+    mean: float
+    half_width: float | None
+    """None with fewer than two seeds."""
+    p_value: float | None
+    """Two-sided; None where t is undefined: fewer than two seeds, or all differences equal."""
+    n: int
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -119,7 +165,126 @@ def tokens_per_question(traces: Sequence[Trace]) -> float:
     )  # fmt: skip
 
 
-def majority(answers: Iterable[str | None]) -> str | None:
-    """The most frequent answer, the first seen among equals; None (no answer) never wins over an answer."""
+def tokens_per_correct(traces: Sequence[Trace]) -> float | None:
+    """Tokens as in `tokens_per_question`, of all traces, over the number of right ones; None when none is right."""
+    num_right = sum(trace.reward == 1.0 for trace in traces)
+    return tokens_per_question(traces) * len(traces) / num_right if num_right else None
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right, when c of n are: 1 - C(n - c, k) / C(n, k).
+
+    Chen et al. 2021 (arXiv 2107.03374), eq. 1, for one question. Raises DataError when k is not in 1..n.
+    """
+    _check_samples("pass", n, k)
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def avg_at_k(right: Sequence[Sequence[bool]]) -> ClusteredMean:
+    """Mean accuracy over k samples a question, its standard error clustered by question.
+
+    `right[question][sample]`; a sample that failed is False. Raises DataError when the questions have unequal numbers.
+    """
+    for question, samples in enumerate(right):
+        if len(samples) != len(right[0]) or not samples:
+            raise DataError(
+                f"avg@k: question {question} has {len(samples)} samples, expected as many as the first, {len(right[0])}, and at "
+                "least 1; give a failed sample as False"
+            )
+    return clustered_mean(right)
+
+
+def clustered_mean(clusters: Sequence[Sequence[float]]) -> ClusteredMean:
+    """Mean of all values, with the standard error sqrt(G / (G - 1) * sum over G clusters of (sum of deviations)^2) / n.
+
+    Clustered errors: Miller 2024 (arXiv 2411.00640), section 2.2; G / (G - 1) is the usual correction for few clusters. For
+    clusters of one size it is stdev(cluster means) / sqrt(G). Raises ValueError without values.
+    """
+    values = [value for cluster in clusters for value in cluster]
+    mean, num_clusters = fmean(values), sum(len(cluster) > 0 for cluster in clusters)
+    squares = sum(sum(value - mean for value in cluster) ** 2 for cluster in clusters)
+    error = math.sqrt(num_clusters / (num_clusters - 1) * squares) / len(values) if num_clusters > 1 else None
+    return ClusteredMean(mean=mean, standard_error=error, n=len(values), num_clusters=num_clusters)
+
+
+def noise_k(accuracies: Sequence[float], num_questions: int, target: float = 0.015) -> int:
+    """Smallest k for which avg@k has sampling noise sqrt(mean p(1 - p) / (N k)) below `target`.
+
+    The evaluation protocol of C3 (arXiv 2603.06859). `accuracies` are the p of questions, of a pilot or of the set, or one p
+    for all, which overstates the noise; p of m samples understates it, by the factor sqrt(1 - 1/m). N is `num_questions`.
+    """
+    assert target > 0, target
+    variance = fmean(accuracy * (1 - accuracy) for accuracy in accuracies)
+    k = max(1, math.floor(variance / (num_questions * target**2)))
+    while math.sqrt(variance / (num_questions * k)) >= target:
+        k += 1
+    return k
+
+
+def maj_at_k(answers: Sequence[str | None], grade: Callable[[str], bool], k: int) -> float:
+    """Exact expected accuracy of `majority` over k of the n answers to one question, drawn without replacement.
+
+    All orders of arrival are equally likely, so answers that tie for the first place win equally often. None (no answer) is
+    drawn but never wins; a draw of None alone is wrong. `grade` is asked once a distinct answer. Nothing is sampled: draws are
+    counted by the votes of the winner, in polynomial time. Raises DataError when k is not in 1..n.
+    """
+    _check_samples("maj", len(answers), k)
     counts = Counter(answer for answer in answers if answer is not None)
-    return max(counts, key=counts.__getitem__, default=None)
+    right = {answer: grade(answer) for answer in counts}
+    num_none = len(answers) - counts.total()
+    won = Fraction(0)
+    for top in range(1, min(k, max(counts.values(), default=0)) + 1):
+        for (votes, tied_right, tied), ways in _draws(counts, right, top, k).items():
+            if tied:
+                won += Fraction(tied_right, tied) * ways * math.comb(num_none, k - votes)
+    return float(won / math.comb(len(answers), k))
+
+
+def _draws(counts: Mapping[str, int], right: Mapping[str, bool], top: int, k: int) -> Counter[tuple[int, int, int]]:
+    """Ways to draw at most k answers, none more than `top` times, by (drawn, right answers with `top` votes, all with `top`)."""
+    ways = Counter({(0, 0, 0): 1})
+    for answer, count in counts.items():
+        extended: Counter[tuple[int, int, int]] = Counter()
+        for (drawn, tied_right, tied), number in ways.items():
+            for votes in range(min(count, top, k - drawn) + 1):
+                ties = votes == top
+                state = (drawn + votes, tied_right + (ties and right[answer]), tied + ties)
+                extended[state] += number * math.comb(count, votes)
+        ways = extended
+    return ways
+
+
+def _check_samples(metric: str, n: int, k: int) -> None:
+    if not 1 <= k <= n:
+        raise DataError(f"{metric}@{k}: expected k from 1 to the samples of a question, {n}; take another k or sample more")
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> SeedMean:
+    """Mean of independent runs (seeds) and the half width of its Student-t interval. Raises ValueError without values."""
+    n = len(values)
+    half = _t_quantile(confidence, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
+    return SeedMean(mean=fmean(values), half_width=half, n=n)
+
+
+def paired_t(differences: Sequence[float], confidence: float = 0.95) -> PairedSeeds:
+    """Paired t-test: is the mean of the differences, one a seed, 0? Raises ValueError without values."""
+    interval = t_interval(differences, confidence)
+    error = stdev(differences) / math.sqrt(interval.n) if interval.n > 1 else 0.0
+    return PairedSeeds(
+        mean=interval.mean, half_width=interval.half_width, n=interval.n,
+        p_value=_t_outside(interval.mean / error, interval.n - 1) if error else None,
+    )  # fmt: skip
+
+
+def _t_outside(t: float, degrees: int) -> float:
+    """P(|T| > |t|) of Student's t: the regularised incomplete beta I_x(df/2, 1/2) at x = df / (df + t^2) (A&S 26.5.27, 26.7.1)."""
+    return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
+
+
+def _t_quantile(confidence: float, degrees: int) -> float:
+    """The t with P(|T| <= t) = confidence: the x of `_t_outside` by bracketing, then t."""
+    outside = 1.0 - confidence
+    x = mpmath.findroot(
+        lambda x: mpmath.betainc(degrees / 2, 0.5, 0, x, regularized=True) - outside, (0, 1), solver="bisect"
+    )
+    return float(mpmath.sqrt(degrees * (1 - x) / x))

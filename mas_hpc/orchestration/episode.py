@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Protocol, TypeAlias, TypeVar
 
 from mas_hpc.agents.agent import Agent
@@ -29,13 +30,15 @@ class Team:
     template: Template
 
     def answer(self, path: Sequence[Turn]) -> str | None:
-        """The team's answer: that of the last turn whose role gives one; None when it is unreadable."""
-        given = [turn.answer for turn in path if self.agents[turn.agent].role.produces == "answer"]
-        return given[-1] if given else None
+        """The team's answer, as the topology takes it from the turns whose role gives one; None when it is unreadable."""
+        return self.topology.answer([turn for turn in path if self.agents[turn.agent].role.produces == "answer"])
 
     def prompt(self, task: Task, agent: Agent, path: Sequence[Turn]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
         """What `agent` reads in this state, as token ids and as spans of who wrote them."""
         seen = agent.view(path, self.agents)
+        if agent.sees == "references" and seen:
+            runs = self.template.references(task, agent, seen)
+            return tuple(chain.from_iterable(ids for _, ids in runs)), tuple((policy, len(ids)) for policy, ids in runs)
         speakers = [*(self.agents[turn.agent] for turn in seen), agent]
         ids = list(self.template.opening(task, speakers[0]))
         spans: list[Span] = [("", len(ids))]

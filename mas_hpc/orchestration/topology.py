@@ -1,12 +1,15 @@
-"""Topologies: pure values that say who speaks next."""
+"""Topologies: pure values that say who speaks next, and which answer is the team's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from mas_hpc.types import Turn
+from mas_hpc.answers import majority
+from mas_hpc.types import Turn, rounds_of
+
+Names = frozenset[str]
 
 
 class Topology(Protocol):
@@ -15,6 +18,27 @@ class Topology(Protocol):
     def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
         """Names of the agents that speak from this state; empty ends the episode."""
         ...
+
+    def answer(self, given: Sequence[Turn]) -> str | None:
+        """The team's answer, of the turns whose role gives one; None when there is none that can be read."""
+        ...
+
+    def restricted(self, present: Names, answering: Names) -> Topology:
+        """The same form with the agents in `present` alone: the others are skipped, as if they passed on what they read.
+
+        `answering` are the agents whose role gives an answer; turns that cannot change the answer any more are left out.
+        """
+        ...
+
+
+def last_answer(given: Sequence[Turn]) -> str | None:
+    """The latest answer, though it may be unreadable."""
+    return given[-1].answer if given else None
+
+
+def vote(given: Sequence[Turn]) -> str | None:
+    """Majority of the answers of the last round; the first seen among equals."""
+    return majority(turn.answer for turn in rounds_of(given)[-1]) if given else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +53,37 @@ class Single:
     def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
         """The agent, then nobody."""
         return () if path else (self.agent,)
+
+    def answer(self, given: Sequence[Turn]) -> str | None:
+        """The agent's."""
+        return last_answer(given)
+
+    def restricted(self, present: Names, answering: Names) -> Topology:
+        """Itself, or nobody."""
+        return self if self.agent in present else Pipeline(agents=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelfConsistency:
+    """One agent answers several times from the question; the majority counts (arXiv 2203.11171).
+
+    Example: SelfConsistency(agent="solver", samples=3).next_speakers([]) == ("solver", "solver", "solver")
+    """
+
+    agent: str
+    samples: int
+
+    def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
+        """All samples at once, then nobody."""
+        return () if path else (self.agent,) * self.samples
+
+    def answer(self, given: Sequence[Turn]) -> str | None:
+        """The majority's."""
+        return vote(given)
+
+    def restricted(self, present: Names, answering: Names) -> Topology:
+        """Itself, or nobody."""
+        return self if self.agent in present else Pipeline(agents=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +100,21 @@ class Judged:
         """As the topology, until the judge has spoken."""
         return () if path and path[-1].agent == self.judge else self.topology.next_speakers(path)
 
+    def answer(self, given: Sequence[Turn]) -> str | None:
+        """As the topology."""
+        return self.topology.answer(given)
+
+    def restricted(self, present: Names, answering: Names) -> Topology:
+        """The restricted topology, ended by the same judge."""
+        return replace(self, topology=self.topology.restricted(present, answering))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
     """The agents speak in order; while the last one rejects, the last `num_looped` agents go again.
 
-    Example: Pipeline(agents=("solver", "critic", "reviser", "verifier"), num_looped=2, max_rounds=2)
+    Best-of-n is the pipeline of a solver that sees only the question and a verifier that sees only the latest answer, both
+    looped. Example: Pipeline(agents=("solver", "critic", "reviser", "verifier"), num_looped=2, max_rounds=2)
     """
 
     agents: tuple[str, ...]
@@ -72,3 +136,74 @@ class Pipeline:
         if within == 0 and (path[-1].verdict is True or rounds + 1 >= self.max_rounds):
             return ()
         return (self.agents[len(self.agents) - self.num_looped + within],)
+
+    def answer(self, given: Sequence[Turn]) -> str | None:
+        """The latest."""
+        return last_answer(given)
+
+    def restricted(self, present: Names, answering: Names) -> Topology:
+        """The present agents in order. Without the agent that sends back, or an answer to send back, nothing is looped."""
+        agents = [name for name in self.agents if name in present]
+        looped = [name for name in self.agents[len(self.agents) - self.num_looped :] if name in present]
+        loops = self.agents[-1:] == tuple(looped[-1:]) and self.max_rounds > 1 and not answering.isdisjoint(looped)
+        while agents and not loops and agents[-1] not in answering:
+            agents.pop()
+        return replace(self, agents=tuple(agents), num_looped=len(looped) if loops else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Debate:
+    """Every debater speaks once a round and reads the rounds before (arXiv 2305.14325); a judge may close it.
+
+    One debater alone is the multi-turn single agent: it answers again, `rounds` times, reading its own answers.
+    Example: Debate(debaters=("a", "b"), judge="judge", rounds=2) gives (a, b), (a, b), (judge,)
+    """
+
+    debaters: tuple[str, ...]
+    rounds: int
+    judge: str = ""
+    """Who decides after the last round; empty: the majority of the last round."""
+
+    def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
+        """All debaters until the rounds are over, then the judge."""
+        if len(path) < self.rounds * len(self.debaters):
+            return self.debaters
+        return (self.judge,) if self.judge and len(path) == self.rounds * len(self.debaters) else ()
+
+    def answer(self, given: Sequence[Turn]) -> str | None:
+        """The judge's, or else the majority of the last round."""
+        return vote(given)
+
+    def restricted(self, present: Names, answering: Names) -> Topology:
+        """The present debaters; without the judge the majority decides."""
+        debaters = tuple(name for name in self.debaters if name in present)
+        return replace(self, debaters=debaters, judge=self.judge if self.judge in present else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureOfAgents:
+    """Layers of proposers, each of which reads the layer before as numbered references, then an aggregator (arXiv 2406.04692).
+
+    Example: MixtureOfAgents(proposers=("a", "b"), aggregator="c", layers=2) gives (a, b), (a, b), (c,)
+    """
+
+    proposers: tuple[str, ...]
+    aggregator: str
+    layers: int
+
+    def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
+        """All proposers of a layer, then the aggregator."""
+        return self._as_debate.next_speakers(path)
+
+    def answer(self, given: Sequence[Turn]) -> str | None:
+        """The aggregator's; without one the majority of the last layer."""
+        return vote(given)
+
+    def restricted(self, present: Names, answering: Names) -> Topology:
+        """The present proposers; without the aggregator the majority of the last layer decides."""
+        return self._as_debate.restricted(present, answering)
+
+    @property
+    def _as_debate(self) -> Debate:
+        """The same order of speakers: what differs is what each of them reads."""
+        return Debate(debaters=self.proposers, judge=self.aggregator, rounds=self.layers)

@@ -9,15 +9,16 @@ from random import Random
 from typing import Any
 
 from mas_hpc.agents.template import CompactTemplate
-from mas_hpc.config import DocumentsConfig, RecordConfig, RingConfig, StepsConfig
+from mas_hpc.config import DocumentsConfig, ReasoningGymConfig, RecordConfig, RingConfig, StepsConfig
 from mas_hpc.config_methods import DPOConfig, OfflineConfig, OfflineMethod, ProcessRewardConfig, RewardModelConfig, SFTConfig
+from mas_hpc.data.compact_puzzles import PUZZLES
 from mas_hpc.data.documents import document_sample, load_documents
 from mas_hpc.data.preferences import Pair, Unpaired, load_preferences, pair_samples, scored, unpaired_sample
 from mas_hpc.data.steps import load_steps, step_sample
 from mas_hpc.errors import ConfigError, DataError
 from mas_hpc.evaluation.graders import grade
 from mas_hpc.orchestration.demonstrate import Demonstrator, demonstrate
-from mas_hpc.orchestration.demonstrators import ReferenceDemonstrator, RingDemonstrator
+from mas_hpc.orchestration.demonstrators import PlanningDemonstrator, ReferenceDemonstrator, RingDemonstrator
 from mas_hpc.orchestration.sampling import derive_seed
 from mas_hpc.run import Run
 from mas_hpc.types import Sample, Task
@@ -104,13 +105,14 @@ def training_tasks(run: Run) -> tuple[Task, ...]:
 
 
 def build_demonstrator(run: Run, method: OfflineConfig) -> Demonstrator:
-    """Who writes the transcripts: the ring's own demonstrator, or the reference solutions."""
-    data = run.config.data
+    """Who writes the transcripts: the puzzle's own demonstrator where the tiny model reads it, or the reference solutions."""
+    data, compact = run.config.data, isinstance(run.team.template, CompactTemplate)
     if isinstance(data, RingConfig):
         return RingDemonstrator(modulus=data.modulus, slip_rate=method.slip_rate, wrong_rate=method.wrong_rate)
-    return ReferenceDemonstrator(
-        grade=grade, wrong_rate=method.wrong_rate, compact=isinstance(run.team.template, CompactTemplate)
-    )
+    if isinstance(data, ReasoningGymConfig) and compact and data.name in PUZZLES:
+        rules = PUZZLES[data.name]
+        return PlanningDemonstrator(rules=rules, grade=grade, slip_rate=method.slip_rate, wrong_rate=method.wrong_rate)
+    return ReferenceDemonstrator(grade=grade, wrong_rate=method.wrong_rate, compact=compact)
 
 
 def _judged_answers(run: Run, method: OfflineMethod) -> Callable[[Task, int], Example]:

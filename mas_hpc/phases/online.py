@@ -93,7 +93,7 @@ def check(run: Run, method: OnlineMethod) -> None:
 
 
 def _check_horizon(run: Run, method: OnlineMethod) -> None:
-    speakers = len(run.team.agents) + 2 * (run.config.team.max_revisions - 1)
+    speakers = run.config.team.max_speakers
     sequences = method.tasks_per_step * speakers * (method.group_size if isinstance(method, GroupConfig) else 1)
     if method.kl.target and method.kl.horizon <= MAX_ERROR * sequences:
         raise ConfigError(
@@ -158,7 +158,7 @@ class Trainer:
     def credit(self, batch: Batch) -> tuple[list[Minibatch], Mapping[str, float]]:
         """Advantages of turns or tokens, cut into the minibatches of all passes; and the metrics of the batch."""
         credited = self._credited(batch)
-        samples = to_samples(credited)
+        samples = [sample for sample in to_samples(credited) if sample.policy not in self.run.other_models]
         metrics = batch_metrics(batch, self.method)
         samples, kl = self._with_reference(samples)
         if isinstance(self.method, PPOConfig) or _by_token(self.method):

@@ -8,6 +8,9 @@ from typing import Protocol
 
 from mas_hpc.types import Finish, Span
 
+BASE_POLICY = "base"
+"""The model without adapters."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:

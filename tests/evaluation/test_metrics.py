@@ -2,7 +2,8 @@
 
 import pytest
 
-from mas_hpc.evaluation.metrics import balanced_verdicts, majority, paired_test, tokens_per_question, wilson
+from mas_hpc.answers import majority
+from mas_hpc.evaluation.metrics import balanced_verdicts, paired_test, tokens_per_question, wilson
 from mas_hpc.types import Task, Trace, Turn
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mas_hpc.errors import RolloutError
 from mas_hpc.models.adapters import AdapterBank
-from mas_hpc.rollout.engine import Completion, Request
+from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request
 from mas_hpc.rollout.native.kv_tree import CAPACITY_STEP, Bucket, Context, DecodeAttention, Tails, buckets, row_order
 from mas_hpc.rollout.native.runner import Runner
 from mas_hpc.rollout.native.sampler import SamplingColumns, columns, sample, uniforms
@@ -189,7 +189,7 @@ class NativeEngine:
         return tuple(chain.from_iterable(spans))
 
     def _adapter(self, policy: str) -> int:
-        if self._policies is None:
+        if self._policies is None or policy == BASE_POLICY:
             return -1
         if policy not in self._policies:
             raise RolloutError(

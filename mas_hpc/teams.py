@@ -1,0 +1,59 @@
+"""From the configuration of a team to the team: agents, topology and the dialect of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mas_hpc.agents.agent import Agent
+from mas_hpc.agents.role import LETTERS, ROLES, Role, Sees
+from mas_hpc.agents.template import ChatTemplate, CompactTemplate, Template
+from mas_hpc.config import RunConfig
+from mas_hpc.config_team import AgentConfig, TeamConfig
+from mas_hpc.orchestration.episode import Team
+from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, SelfConsistency, Single, Topology
+
+
+def build_team(settings: TeamConfig, config: RunConfig, tokenizer: Any) -> Team:
+    """Every agent that speaks, its role and policy; a chat template if the tokenizer has one."""
+    template: Template = ChatTemplate(tokenizer) if tokenizer.chat_template else CompactTemplate(tokenizer)
+    own = {
+        role.name: Role(name=role.name, produces=role.produces, letter=LETTERS[role.produces], prompt=role.prompt)
+        for role in settings.roles
+    }
+    roles = ROLES | own
+    per_agent = config.adapters.policies == "per_agent"
+    agents = {
+        agent.name: Agent(
+            name=agent.name, role=roles[agent.role], prompt=agent.prompt,
+            sees=_sees(settings, number, agent, roles[agent.role]),
+            policy=agent.policy or (agent.name if per_agent else "shared"),
+            max_new_tokens=agent.max_new_tokens or config.rollout.max_new_tokens,
+        )
+        for number, agent in enumerate(settings.speaking)
+    }  # fmt: skip
+    return Team(agents=agents, topology=build_topology(settings), template=template)
+
+
+def _sees(settings: TeamConfig, number: int, agent: AgentConfig, role: Role) -> Sees:
+    if agent.sees != "auto":
+        return agent.sees
+    if settings.topology == "best_of_n":
+        return ("question", "latest")[number]  # type: ignore[return-value]
+    return role.sees
+
+
+def build_topology(settings: TeamConfig) -> Topology:
+    """The form of the team."""
+    names = tuple(agent.name for agent in settings.speaking)
+    if settings.topology == "single":
+        return Single(agent=names[0])
+    if settings.topology == "self_consistency":
+        return SelfConsistency(agent=names[0], samples=settings.rounds)
+    if settings.topology == "mixture":
+        return MixtureOfAgents(proposers=names[:-1], aggregator=names[-1], layers=settings.rounds)
+    if settings.topology == "debate":
+        judged = settings.closes_with_judge
+        return Debate(debaters=names[:-1] if judged else names, judge=names[-1] if judged else "", rounds=settings.rounds)
+    return Pipeline(
+        agents=names, stop_when_accepted=settings.stop_when_accepted, num_looped=settings.looped, max_rounds=settings.rounds
+    )
