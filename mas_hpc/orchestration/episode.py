@@ -83,11 +83,11 @@ def play(
     """
     origin = origin or f"{task.id}/"
     while speakers := how.team.topology.next_speakers(path):
-        groups = [_ask(task, how, how.team.agents[name], path, origin, len(path) + i) for i, name in enumerate(speakers)]
+        groups = [ask(task, how, how.team.agents[name], path, origin, len(path) + i) for i, name in enumerate(speakers)]
         completions = iter((yield [request for _, requests in groups for request in requests]))
         state = path
         for drafts, _ in groups:
-            filled = [_fill(draft, next(completions), how.team) for draft in drafts]
+            filled = [fill(draft, next(completions), how.team) for draft in drafts]
             siblings = [how.judge.score(task, how.team, state, turn) for turn in filled]
             if how.sampling.team_rollouts and how.sampling.group_size > 1:
                 siblings = yield from _value(task, how, turns, state, siblings)
@@ -101,14 +101,14 @@ def play(
     return tuple(path)
 
 
-def _ask(
-    task: Task, how: Play, agent: Agent, path: Sequence[Turn], origin: str, index: int
+def ask(
+    task: Task, how: Play, agent: Agent, path: Sequence[Turn], origin: str, index: int, *, number: int | None = None
 ) -> tuple[list[Turn], list[Request]]:  # fmt: skip
-    """Draft turns and requests for the siblings of one state."""
+    """Draft turns and requests for the siblings of one state. Seeds are named by `number`, which is the index if not given."""
     prompt_ids, prompt_spans = how.team.prompt(task, agent, path)
     drafts, requests = [], []
     for sibling in range(how.sampling.group_size):
-        seed = derive_seed(how.seed, origin, index, agent.name, sibling)
+        seed = derive_seed(how.seed, origin, index if number is None else number, agent.name, sibling)
         drafts.append(
             Turn(
                 id=f"{origin}{index}-{agent.name}-{sibling}", parent=path[-1].id if path else None, task_id=task.id,
@@ -126,7 +126,8 @@ def _ask(
     return drafts, requests
 
 
-def _fill(draft: Turn, completion: Completion, team: Team) -> Turn:
+def fill(draft: Turn, completion: Completion, team: Team) -> Turn:
+    """The drafted turn with what was sampled, read by its role's parser."""
     answer, verdict = team.template.read(team.agents[draft.agent], completion.text)
     return replace(
         draft, completion_ids=completion.token_ids, behavior_logprobs=completion.logprobs, text=completion.text,
