@@ -188,8 +188,8 @@ def avg_at_k(right: Sequence[Sequence[bool]]) -> ClusteredMean:
     for question, samples in enumerate(right):
         if len(samples) != len(right[0]) or not samples:
             raise DataError(
-                f"avg@k: question {question} has {len(samples)} samples, expected as many as the first, {len(right[0])}, and at "
-                "least 1; give a failed sample as False"
+                f"avg@k: question {question} has {len(samples)} samples, the first has {len(right[0])}; expected equal numbers "
+                "of at least 1, with False for a sample that failed"
             )
     return clustered_mean(right)
 
@@ -241,7 +241,7 @@ def maj_at_k(answers: Sequence[str | None], grade: Callable[[str], bool], k: int
 
 
 def _draws(counts: Mapping[str, int], right: Mapping[str, bool], top: int, k: int) -> Counter[tuple[int, int, int]]:
-    """Ways to draw at most k answers, none more than `top` times, by (drawn, right answers with `top` votes, all with `top`)."""
+    """Ways to draw at most k answers, none over `top` times, by (number drawn, right answers drawn `top` times, all such)."""
     ways = Counter({(0, 0, 0): 1})
     for answer, count in counts.items():
         extended: Counter[tuple[int, int, int]] = Counter()
@@ -277,14 +277,12 @@ def paired_t(differences: Sequence[float], confidence: float = 0.95) -> PairedSe
 
 
 def _t_outside(t: float, degrees: int) -> float:
-    """P(|T| > |t|) of Student's t: the regularised incomplete beta I_x(df/2, 1/2) at x = df / (df + t^2) (A&S 26.5.27, 26.7.1)."""
+    """P(|T| > |t|) of Student's t: I_x(df/2, 1/2) at x = df / (df + t^2) (Abramowitz and Stegun, 26.5.27)."""
     return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
 
 
 def _t_quantile(confidence: float, degrees: int) -> float:
     """The t with P(|T| <= t) = confidence: the x of `_t_outside` by bracketing, then t."""
     outside = 1.0 - confidence
-    x = mpmath.findroot(
-        lambda x: mpmath.betainc(degrees / 2, 0.5, 0, x, regularized=True) - outside, (0, 1), solver="bisect"
-    )
+    x = mpmath.findroot(lambda x: mpmath.betainc(degrees / 2, 0.5, 0, x, regularized=True) - outside, (0, 1), solver="bisect")
     return float(mpmath.sqrt(degrees * (1 - x) / x))
