@@ -133,10 +133,14 @@ def test_rounds_without_answers_keep_their_number_free():
 
 def test_siblings_that_were_not_committed_are_in_no_round_and_no_flip():
     trace = chain(says("solver", "5"), says("reviser", "4"), says("reviser", "5", committed=False))
-    assert convergence([trace], PIPELINE)[1].num_answers == 1
-    assert flips([trace], PIPELINE)["solver -> reviser"] == Flips(
-        to_right=1, to_wrong=0, stayed_right=0, stayed_wrong=0, unknown=0
-    )  # fmt: skip
+    assert [found.accuracy for found in convergence([trace], PIPELINE)] == [0.0, 1.0]
+    repaired = Flips(to_right=1, to_wrong=0, stayed_right=0, stayed_wrong=0, unknown=0)
+    assert flips([trace], PIPELINE) == {"solver -> reviser": repaired}
+
+
+def test_an_agent_that_sits_out_a_round_is_compared_with_the_last_round_that_it_spoke_in():
+    *_, last = convergence([debate({"a": "4", "b": "4"}, {"b": "5"}, {"a": "5"})], DEBATE)
+    assert last.flips == Flips(to_right=0, to_wrong=1, stayed_right=0, stayed_wrong=0, unknown=0)
 
 
 def test_flips_of_a_pipeline_skip_the_verdicts_and_follow_the_loop():
