@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from mas_hpc.agents.agent import Agent
 from mas_hpc.answers import read_answer, read_verdict
 from mas_hpc.errors import ConfigError, DataError
-from mas_hpc.types import Task, Turn
+from mas_hpc.types import Message, Task, Turn
 
 
 class Template(Protocol):
@@ -31,6 +31,12 @@ class Template(Protocol):
 
     def references(self, task: Task, agent: Agent, seen: Sequence[Turn]) -> list[tuple[str, tuple[int, ...]]]:
         """Prompt of an agent that reads `seen` as numbered references: runs of (policy that wrote it, "" for ours; tokens)."""
+        ...
+
+    def conversation(
+        self, task: Task, agent: Agent, speakers: Sequence[Agent], seen: Sequence[Turn]
+    ) -> str | tuple[Message, ...]:
+        """The agent's prompt as data sets hold it: messages, or plain text. `speakers` wrote `seen`."""
         ...
 
     def write(self, text: str) -> tuple[int, ...]:
@@ -89,6 +95,18 @@ class ChatTemplate:
             runs.append(("", self._encode(f"\n\n{number}. ")))
             runs.append((turn.policy, turn.completion_ids[:-1] if ended else turn.completion_ids))
         return [*runs, ("", self._encode(f"\n\n{agent.instruction}{self._tail}"))]
+
+    def conversation(self, task: Task, agent: Agent, speakers: Sequence[Agent], seen: Sequence[Turn]) -> tuple[Message, ...]:
+        """Instructions as a user's messages, completions as the assistant's."""
+        if agent.sees == "references" and seen:
+            numbered = [f"{number}. {turn.text}" for number, turn in enumerate((t for t in seen if t.completion_ids), 1)]
+            parts = (f"{task.question}\n\nResponses from other agents:", *numbered, agent.instruction)
+            return (Message(role="user", content="\n\n".join(parts)),)
+        asked = [speaker.instruction for speaker in (*speakers, agent)]
+        messages = [Message(role="user", content=f"{task.question}\n\n{asked[0]}")]
+        for turn, instruction in zip(seen, asked[1:], strict=True):
+            messages += [Message(role="assistant", content=turn.text), Message(role="user", content=instruction)]
+        return tuple(messages)
 
     def _plain(self, text: str) -> str:
         """The text with a blank inside each control token, so that a question cannot end its own message."""
@@ -155,6 +173,17 @@ class CompactTemplate:
         lead = self.write(f"Q{task.compact}S")
         runs = [run for turn in seen for run in (("", lead), (turn.policy, turn.completion_ids))]
         return [*runs, ("", self.opening(task, agent))]
+
+    def conversation(self, task: Task, agent: Agent, speakers: Sequence[Agent], seen: Sequence[Turn]) -> str:
+        """The prompt's characters."""
+        if agent.sees == "references" and seen:
+            ids = [token for _, run in self.references(task, agent, seen) for token in run]
+        else:
+            ids = list(self.opening(task, (*speakers, agent)[0]))
+            for turn, following in zip(seen, (*speakers[1:], agent), strict=True):
+                ids += [*turn.completion_ids, *self.cue(task, following, turn)]
+        characters = {token: character for character, token in self._vocabulary.items()}
+        return "".join(characters[token] for token in ids)
 
     def limit(self, task: Task, agent: Agent) -> int:
         """An answer is as long as the reference answer; a verdict is a mark for each of its characters, and + or -."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from mas_hpc.data import lines
 from mas_hpc.errors import DataError
 from mas_hpc.types import Task, Trace, Turn
 
@@ -52,19 +52,7 @@ def write(path: str | Path, traces: Sequence[Trace]) -> None:
 
     Raises DataError when the file cannot be written, such as on a full disk: the lines before stay intact.
     """
-    file = Path(path)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a+b", buffering=0) as stream:
-            _mend_tail(stream)
-            for trace in traces:
-                _write_line(stream, to_json(trace).encode("ascii") + b"\n")
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot append traces: {error.strerror}; expected a writable file and free space. "
-            "The lines written earlier are intact: make room and run again"
-        ) from None
+    lines.append(path, [to_json(trace) for trace in traces], noun="traces")
 
 
 def read(path: str | Path, wanted: Container[int] | None = None) -> Iterator[Trace]:
@@ -90,7 +78,7 @@ def _read(file: Path, wanted: Container[int] | None) -> Iterator[Trace]:
         for index, line in enumerate(stream):
             if wanted is not None and index not in wanted:
                 continue
-            if line.endswith(b"\n") or _is_json(line):
+            if line.endswith(b"\n") or lines.is_json(line):
                 yield from_json(line, f"{file}:{index + 1}")
             else:
                 _logger.warning("%s:%d: incomplete last line ignored (its writer was stopped)", file, index + 1)
@@ -101,34 +89,3 @@ def _turn(record: dict[str, Any]) -> Turn:
         record[name] = tuple(record[name])
     record["prompt_spans"] = tuple((policy, length) for policy, length in record["prompt_spans"])
     return Turn(**record)
-
-
-def _mend_tail(stream: BinaryIO) -> None:
-    """End the file with a newline: a whole last line gets one, a torn one is cut off."""
-    if (size := stream.seek(0, os.SEEK_END)) == 0:
-        return
-    stream.seek(size - 1)
-    if stream.read(1) == b"\n":
-        return
-    stream.seek(0)
-    content = stream.read()
-    start = content.rfind(b"\n") + 1
-    if _is_json(content[start:]):
-        stream.write(b"\n")
-        return
-    stream.truncate(start)
-    _logger.warning("%s: %d bytes of an incomplete last line removed before appending", stream.name, size - start)
-
-
-def _write_line(stream: BinaryIO, line: bytes) -> None:
-    """A raw write may take only a part, as a nearly full disk does; the next one then raises."""
-    while line:
-        line = line[stream.write(line) :]
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

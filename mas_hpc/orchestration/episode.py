@@ -12,7 +12,7 @@ from mas_hpc.agents.template import Template
 from mas_hpc.orchestration.sampling import Sampling, choose, derive_seed
 from mas_hpc.orchestration.topology import Topology
 from mas_hpc.rollout.engine import Completion, Request, SamplingParams
-from mas_hpc.types import Span, Task, Turn
+from mas_hpc.types import Message, Span, Task, Turn
 
 Result = TypeVar("Result")
 Steps: TypeAlias = Generator[list[Request], list[Completion], Result]
@@ -47,6 +47,11 @@ class Team:
             ids += [*turn.completion_ids, *cue]
             spans += [(turn.policy, len(turn.completion_ids)), ("", len(cue))]
         return tuple(ids), tuple(spans)
+
+    def conversation(self, task: Task, agent: Agent, path: Sequence[Turn]) -> str | tuple[Message, ...]:
+        """What `prompt` encodes, as rows of data sets hold it."""
+        seen = agent.view(path, self.agents)
+        return self.template.conversation(task, agent, [self.agents[turn.agent] for turn in seen], seen)
 
 
 class Judge(Protocol):

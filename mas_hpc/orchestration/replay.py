@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from statistics import fmean
 from typing import Literal, TypeAlias
 
@@ -56,11 +57,25 @@ class Counterfactual:
     def mean(self, question: Question, known: Outcomes) -> Steps[float]:
         """Mean outcome over the replays that did not fail; nan if all did. Outcomes in `known` are not sampled again."""
         missing = [replay for replay in range(self.num_replays) if (question, replay) not in known]
-        found = yield from parallel([self.outcome(question, replay) for replay in missing])
-        known.update(((question, replay), outcome) for replay, outcome in zip(missing, found, strict=True))
+
+        def end(number: int, outcome: float) -> None:
+            known[question, missing[number]] = outcome
+
+        yield from parallel([self.outcome(question, replay) for replay in missing], on_end=end)
         outcomes = [known[question, replay] for replay in range(self.num_replays)]
         present = [outcome for outcome in outcomes if not math.isnan(outcome)]
         return fmean(present) if present else math.nan
+
+    def alternatives(self, place: int, count: int) -> Steps[list[tuple[Turn, float]]]:
+        """`count` new messages at the state of message `place`, and the value of each: the mean outcome from it on."""
+        turn, how = self.path[place], replace(self.how, sampling=replace(self.how.sampling, group_size=count))
+        state = next(rest for rest in _states(self.path) if turn in rest[1])[0]
+        drafts, requests = ask(self.task, how, how.team.agents[turn.agent], state, f"{self.task.id}~instead/", place)
+        completions = yield requests
+        siblings = [fill(draft, completion, how.team) for draft, completion in zip(drafts, completions, strict=True)]
+        kept = [replace(self, path=(*self.path[:place], sibling)) for sibling in siblings]
+        values = yield from parallel([branch.mean(place + 1, {}) for branch in kept])
+        return list(zip(siblings, values, strict=True))
 
     def _scenario(self, question: Question) -> tuple[Team, tuple[Turn, ...]]:
         """Who plays, and which recorded turns are kept."""
@@ -78,6 +93,13 @@ class Counterfactual:
         answering = frozenset(name for name, agent in team.agents.items() if agent.role.produces == "answer")
         alone = replace(team, topology=team.topology.restricted(question, answering))
         return alone, kept if self.value == "masked" else ()
+
+
+def _states(path: Sequence[Turn]) -> list[tuple[tuple[Turn, ...], tuple[Turn, ...]]]:
+    """For every round the turns before it, which its members read, and its members."""
+    rounds = rounds_of(path)
+    ends = [0, *accumulate(map(len, rounds))]
+    return [(tuple(path[:start]), members) for start, members in zip(ends, rounds, strict=False)]
 
 
 def _until_absent(path: Sequence[Turn], present: frozenset[str]) -> list[Turn]:

@@ -1,0 +1,95 @@
+"""Outcomes of replays on disk: what a credit run has sampled is not sampled again, and neither is it after a restart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+from mas_hpc.data import lines
+from mas_hpc.errors import DataError
+from mas_hpc.types import Turn
+
+Question = frozenset[str] | int
+Key = tuple[Question, int]
+"""(coalition or number of kept messages, number of the replay)"""
+
+
+class ValueStore:
+    """Outcomes of one run's replays by subject: what they are replays of, from which seed and weights.
+
+    Only outcomes are kept; a failed replay is missing and is tried again by the next run.
+    Example: store.of("q0|removal|seed 0|weights 1f3a")[frozenset({"solver"}), 0] = 1.0
+    """
+
+    def __init__(self, folder: Path, *, rank: int) -> None:
+        """Read every rank's file in `folder`; append to this rank's. Raises DataError naming file and line."""
+        self._file = folder / f"values.rank{rank}.jsonl"
+        self._known: dict[str, dict[Key, float]] = {}
+        self._fresh: list[str] = []
+        self.num_found = 0
+        for file in sorted(folder.glob("values.rank*.jsonl")):
+            self._read(file)
+
+    def of(self, subject: str) -> MutableMapping[Key, float]:
+        """The outcomes of one subject."""
+        return _Outcomes(self, subject, self._known.setdefault(subject, {}))
+
+    def flush(self) -> None:
+        """Force to disk what was found since the last call."""
+        if self._fresh:
+            lines.append(self._file, self._fresh, noun="values")
+            self._fresh = []
+
+    def note(self, subject: str, key: Key, outcome: float) -> None:
+        """Keep one outcome for the next flush."""
+        if not math.isnan(outcome):
+            self._fresh.append(json.dumps([subject, *_to_json(key), outcome]))
+
+    def _read(self, file: Path) -> None:
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            try:
+                subject, question, replay, outcome = json.loads(line)
+            except ValueError:
+                if not lines.is_json(line):  # a torn last line; append() mends it
+                    continue
+                raise DataError(
+                    f"{file}:{number}: expected [subject, question, replay, outcome]; remove the line, or the file"
+                ) from None
+            key = (frozenset(question) if isinstance(question, list) else question, replay)
+            self._known.setdefault(subject, {})[key] = outcome
+            self.num_found += 1
+
+
+class _Outcomes(MutableMapping[Key, float]):
+    def __init__(self, store: ValueStore, subject: str, known: dict[Key, float]) -> None:
+        self._store, self._subject, self._known = store, subject, known
+
+    def __getitem__(self, key: Key) -> float:
+        return self._known[key]
+
+    def __setitem__(self, key: Key, outcome: float) -> None:
+        self._known[key] = outcome
+        self._store.note(self._subject, key, outcome)
+
+    def __delitem__(self, key: Key) -> None:
+        del self._known[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def _to_json(key: Key) -> tuple[list[str] | int, int]:
+    question, replay = key
+    return (question if isinstance(question, int) else sorted(question)), replay
+
+
+def path_digest(path: tuple[Turn, ...]) -> str:
+    """Names a recorded path by what its agents read and wrote."""
+    record = [(turn.agent, turn.prompt_ids, turn.completion_ids) for turn in path]
+    return hashlib.blake2b(json.dumps(record).encode(), digest_size=8).hexdigest()
