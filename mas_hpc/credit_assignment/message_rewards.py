@@ -201,17 +201,7 @@ def failure_rewards(
         share = (total / len(progress),) * len(progress)
         return FailureRewards(rewards=share, first_error=None, repairs=(), harmful=(), residual=0.0)
     assert 0 <= culprit < len(progress), f"first error {culprit} of {len(progress)} messages"
-    after = range(culprit + 1, len(progress))
-    repairs = tuple(number for number in after if progress[number] > epsilon)
-    harmful = tuple(number for number in after if progress[number] < -epsilon)
-    praise = [gamma * progress[number] if number in repairs else 0.0 for number in range(len(progress))]
-    blame = [-gamma * progress[number] if number in harmful else 0.0 for number in range(len(progress))]
-    blame[culprit] = beta
-    praise_scale, blame_scale = _scales(praise, blame, total)
-    return FailureRewards(
-        rewards=tuple(praise_scale * up - blame_scale * down for up, down in zip(praise, blame, strict=True)),
-        first_error=culprit, repairs=repairs, harmful=harmful, residual=max(total, 0.0) if not any(praise) else 0.0,
-    )  # fmt: skip
+    return _faulted(progress, culprit, total, epsilon=epsilon, beta=beta, gamma=gamma)
 
 
 def first_drop(values: Sequence[float], *, epsilon: float) -> int | None:
@@ -291,8 +281,7 @@ def _messages_by_agent(agents: Sequence[str], phi: Mapping[str, float]) -> Mappi
 
 def _weighted(phi: float, progress: Sequence[float]) -> list[float]:
     towards = [max(change if phi >= 0 else -change, 0.0) for change in progress]
-    total = fsum(towards)
-    return [phi * (change / total) for change in towards] if total else [phi / len(progress)] * len(progress)
+    return _split(phi, towards if any(towards) else [1.0] * len(towards))
 
 
 def _signed(phi: float, progress: Sequence[float], spread: float) -> list[float]:
@@ -303,12 +292,33 @@ def _signed(phi: float, progress: Sequence[float], spread: float) -> list[float]
     return [base + shrink * offset for offset in offsets]
 
 
-def _scales(praise: Sequence[float], blame: Sequence[float], total: float) -> tuple[float, float]:
-    """Factors (p, b) with p * sum(praise) - b * sum(blame) == total and no product above 1, p near to 1.
+def _faulted(
+    progress: Sequence[float], culprit: int, total: float, *, epsilon: float, beta: float, gamma: float
+) -> FailureRewards:
+    after = range(culprit + 1, len(progress))
+    repairs = tuple(number for number in after if progress[number] > epsilon)
+    harmful = tuple(number for number in after if progress[number] < -epsilon)
+    praise = [gamma * progress[number] if number in repairs else 0.0 for number in range(len(progress))]
+    blame = [-gamma * progress[number] if number in harmful else 0.0 for number in range(len(progress))]
+    blame[culprit] = beta
+    praised, blamed = _budgets(praise, blame, total)
+    return FailureRewards(
+        rewards=tuple(up - down for up, down in zip(_split(praised, praise), _split(blamed, blame), strict=True)),
+        first_error=culprit, repairs=repairs, harmful=harmful, residual=max(total, 0.0) if not any(praise) else 0.0,
+    )  # fmt: skip
+
+
+def _budgets(praise: Sequence[float], blame: Sequence[float], total: float) -> tuple[float, float]:
+    """What repairs and faults get in sum, the second to be subtracted: their difference is the total, no message above 1.
 
     For |total| <= 1 they exist if there is praise or total <= 0: the largest blame alone can pay 1, and so can the praise.
     """
-    paid, due = fsum(praise) / max(1.0, *praise), fsum(blame)
-    blame_scale = min(max((paid - total) / due, 0.0), 1.0 / max(blame))
-    praise_scale = max((total + blame_scale * due) / fsum(praise), 0.0) if any(praise) else 0.0
-    return praise_scale, blame_scale
+    wanted, ceiling = fsum(praise) / max(1.0, *praise), fsum(blame) / max(blame)
+    blamed = min(max(wanted - total, 0.0), ceiling)
+    return (max(total + blamed, 0.0) if any(praise) else 0.0), blamed
+
+
+def _split(amount: float, parts: Sequence[float]) -> list[float]:
+    """The amount in proportion to the parts, which are not negative; nothing to anybody where all are 0."""
+    whole = fsum(parts)
+    return [amount * (part / whole) if whole else 0.0 for part in parts]

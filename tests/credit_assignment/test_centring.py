@@ -94,7 +94,7 @@ def test_unlimited_weights_have_mean_one(phi: dict[str, float]) -> None:
         (-0.5, -0.25, 2.0, -1.0),
         (0.5, -0.25, 0.5, 0.25),  # damped all the same
         (-0.5, -0.25, 0.5, -0.25),
-        (0.5, 0.0, 0.5, 0.25),
+        (0.5, 0.0, 2.0, 1.0),
     ],
 )
 def test_praise_of_an_agent_that_harms_the_team_is_not_amplified(

@@ -85,6 +85,9 @@ def test_the_signed_form_shrinks_what_would_leave_the_bound_and_keeps_sum_and_or
     assert rewards == pytest.approx([1.0, -0.4, 0.3])
     mirrored = success_rewards(["a"] * 3, {"a": -0.9}, [1.0, 0.0, 1.0, 1.0], form="signed", spread=2.0)
     assert mirrored == pytest.approx([-1.0, 0.4, -0.3])
+    # progress -1 .5 .5: down from .3 there is room for 1.3 of 2, up for .7 of 1: shrunk by .65
+    downwards = success_rewards(["a"] * 3, {"a": 0.9}, [1.0, 0.0, 0.5, 1.0], form="signed", spread=2.0)
+    assert downwards == pytest.approx([-1.0, 0.95, 0.95])
 
 
 def test_a_credit_beyond_one_is_its_own_bound() -> None:
@@ -135,6 +138,8 @@ def test_twins_of_equal_credit_and_progress_earn_the_same(form: str, credit: flo
 def test_a_role_without_outputs_cannot_carry_a_credit() -> None:
     with pytest.raises(DataError, match=r"agent 'critic': a role without outputs cannot carry its credit of 0\.25.*leave"):
         success_rewards(["solver"], {"solver": 0.75, "critic": 0.25}, None, form="weighted")
+    with pytest.raises(DataError, match=r"credit of -0\.25"):
+        success_rewards(["solver"], {"solver": 0.75, "critic": -0.25}, None, form="weighted")
     for nothing in (0.0, 1e-17):
         assert success_rewards(["solver"], {"solver": 0.75, "critic": nothing}, None, form="weighted") == [0.75]
 
