@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 
 from mas_hpc.config import (
     AdditionConfig,
@@ -17,6 +18,7 @@ from mas_hpc.config import (
     RingConfig,
     TaskConfig,
 )
+from mas_hpc.data.compact_puzzles import with_compact
 from mas_hpc.data.files import Row, hold_out, read_rows
 from mas_hpc.data.puzzles import addition_tasks, ring_tasks
 from mas_hpc.errors import ConfigError, DataError
@@ -77,7 +79,35 @@ def _reasoning_gym_tasks(config: ReasoningGymConfig) -> list[Task]:
     """
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError("data.kind=reasoning_gym: the library is not installed; run: pip install reasoning-gym")
-    from reasoning_gym.factory import DATASETS, create_dataset
+    from reasoning_gym.factory import create_dataset
+
+    _check_reasoning_gym(config)
+    wanted = config.num_test + config.num_train
+    num_entries = 4 * wanted  # some data sets repeat themselves
+    try:
+        entries = create_dataset(config.name, seed=config.seed, size=num_entries, **config.settings)
+    except (AssertionError, TypeError) as error:
+        if config.settings:
+            raise ConfigError(f"data.settings={config.settings}: {config.name} refuses them: {error}") from None
+        raise ConfigError(f"data.name={config.name!r}: needs settings of its own ({error}); choose another") from None
+    chosen = "".join(f"{key}={value}/" for key, value in sorted(config.settings.items()))
+    tasks: dict[str, Task] = {}
+    for index in range(num_entries):
+        entry = entries[index]
+        identity = f"reasoning_gym/{config.name}/{chosen}{config.seed}/{num_entries}/{index}"
+        task = Task(id=identity, question=entry["question"], answer=entry["answer"] or "", grader="reasoning_gym")
+        tasks.setdefault(task.question, with_compact(task))
+        if len(tasks) == wanted:
+            return list(tasks.values())
+    raise ConfigError(
+        f"data.num_train={config.num_train}, data.num_test={config.num_test}: {wanted} distinct questions wanted, "
+        f"but {num_entries} draws of {config.name!r} gave {len(tasks)}; ask for fewer"
+    )
+
+
+def _check_reasoning_gym(config: ReasoningGymConfig) -> None:
+    """Raises ConfigError for a name or setting that the library does not have, or cannot repeat."""
+    from reasoning_gym.factory import DATASETS
 
     if config.name not in DATASETS:
         near = difflib.get_close_matches(config.name, DATASETS, n=5, cutoff=0.4)
@@ -88,24 +118,13 @@ def _reasoning_gym_tasks(config: ReasoningGymConfig) -> list[Task]:
             f"data.name={config.name!r}: its questions change with Python's hash seed, so ranks and graders would "
             "disagree; set the environment variable PYTHONHASHSEED=0, or choose another data set"
         )
-    wanted = config.num_test + config.num_train
-    num_entries = 4 * wanted  # some data sets repeat themselves
-    try:
-        entries = create_dataset(config.name, seed=config.seed, size=num_entries)
-    except (AssertionError, TypeError) as error:
-        raise ConfigError(f"data.name={config.name!r}: needs settings of its own ({error}); choose another") from None
-    tasks: dict[str, Task] = {}
-    for index in range(num_entries):
-        entry = entries[index]
-        identity = f"reasoning_gym/{config.name}/{config.seed}/{num_entries}/{index}"
-        task = Task(id=identity, question=entry["question"], answer=entry["answer"] or "", grader="reasoning_gym")
-        tasks.setdefault(task.question, task)
-        if len(tasks) == wanted:
-            return list(tasks.values())
-    raise ConfigError(
-        f"data.num_train={config.num_train}, data.num_test={config.num_test}: {wanted} distinct questions wanted, "
-        f"but {num_entries} draws of {config.name!r} gave {len(tasks)}; ask for fewer"
-    )
+    numeric = {field.name: field.type for field in fields(DATASETS[config.name][1]) if field.type in (int, float)}
+    valid = sorted(numeric.keys() - {"seed", "size"})
+    for key, value in config.settings.items():
+        if key not in valid:
+            raise ConfigError(f"data.settings.{key}: {config.name} has no such numeric setting; expected one of {valid}")
+        if numeric[key] is int and not isinstance(value, int):
+            raise ConfigError(f"data.settings.{key}={value}: {config.name} expects a whole number")
 
 
 # ---- files and hub data sets

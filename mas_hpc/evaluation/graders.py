@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+from mas_hpc.data.compact_puzzles import library_text
 from mas_hpc.errors import DataError
 from mas_hpc.evaluation.judge import Judge, JudgeError
 from mas_hpc.types import Task
@@ -115,13 +116,16 @@ def _same_formula(task_id: str, reference: str, given: str) -> bool:
 
 
 def _reasoning_gym(task: Task, answer: str) -> bool:
-    """Full marks from the library's own scorer."""
-    if not re.fullmatch(r"reasoning_gym/\w+/-?\d+/\d+/\d+", task.id):
-        raise DataError(f"task {task.id}: expected an id reasoning_gym/<name>/<seed>/<size>/<index>, as data.tasks makes it")
+    """Full marks from the library's own scorer, which reads the tiny model's answers in translation."""
+    if not re.fullmatch(r"reasoning_gym/\w+/(?:\w+=[\d.e+-]+/)*-?\d+/\d+/\d+", task.id):
+        raise DataError(
+            f"task {task.id}: expected an id reasoning_gym/<name>/[<setting>=<number>/...]<seed>/<size>/<index>, "
+            "as data.tasks makes it"
+        )
     if len(answer) > MAX_CHARS or _could_call(answer):
         return False
     try:
-        return _judge().ask("reasoning_gym", task.id, answer.strip(), task.question)
+        return _judge().ask("reasoning_gym", task.id, library_text(task, answer.strip()), task.question)
     except JudgeError as error:
         raise DataError(f"task {task.id}: {error}") from None
 

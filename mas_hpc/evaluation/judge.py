@@ -72,18 +72,25 @@ def _math(reference: str, answer: str, _question: str) -> Callable[[], bool]:
 
 
 def _reasoning_gym(reference: str, answer: str, question: str) -> Callable[[], bool]:
-    """`reference` is a task id that data.tasks made: reasoning_gym/<name>/<seed>/<size>/<index>."""
-    _, name, seed, size, index = reference.split("/")
-    entries = _entries(name, int(seed), int(size))
-    entry = entries[int(index)]
+    """`reference` is a task id that data.tasks made: reasoning_gym/<name>/[<setting>=<number>/...]<seed>/<size>/<index>."""
+    folder, _, index = reference.rpartition("/")
+    entry = _entry(folder, int(index))
     if entry["question"] != question:
         raise JudgeError("reasoning-gym generates another question under this id; use the version that made the tasks")
-    return lambda: bool(entries.score_answer(answer, entry) >= 1.0)
+    return lambda: bool(_entries(folder).score_answer(answer, entry) >= 1.0)
 
 
 @functools.lru_cache(maxsize=4)
-def _entries(name: str, seed: int, size: int):  # type: ignore[no-untyped-def]  # the library is optional
-    return importlib.import_module("reasoning_gym").create_dataset(name, seed=seed, size=size)
+def _entries(folder: str):  # type: ignore[no-untyped-def]  # the library is optional
+    _, name, *settings, seed, size = folder.split("/")
+    numbers = {key: json.loads(value) for key, value in (setting.split("=") for setting in settings)}
+    return importlib.import_module("reasoning_gym").create_dataset(name, seed=int(seed), size=int(size), **numbers)
+
+
+@functools.lru_cache(maxsize=4096)  # training asks again and again, and some data sets are slow to make an entry
+def _entry(folder: str, index: int) -> dict[str, object]:
+    entry: dict[str, object] = _entries(folder)[index]
+    return entry
 
 
 def _serve(timeout_s: float) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Protocol
 
 from mas_hpc.agents.agent import Agent
 from mas_hpc.orchestration.demonstrate import Draft
@@ -71,6 +72,59 @@ class RingDemonstrator:
         around = [*digits[1:], digits[0]]
         holds = [(a + b) % self.modulus == s for a, b, s in zip(digits, around, sums, strict=True)]
         return "".join("=" if ok else "!" for ok in holds) + ("+" if all(holds) else "-")
+
+
+class PuzzleRules(Protocol):
+    """What a demonstrator must know of a puzzle whose answers are grids of single characters."""
+
+    symbols: str
+    """What the cells of an answer are written with; its other characters are fixed."""
+
+    def marks(self, task: Task, answer: str) -> str:
+        """`=` or `!` for each cell of the answer."""
+        ...
+
+    def habit(self, task: Task) -> str:
+        """The answer of a solver that leaves out part of the rules."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanningDemonstrator:
+    """Writes answers in `compact_answer`'s form, and for verdicts a mark a cell, then + or - as the answer is graded.
+
+    In `slip_rate` of its answers, first and revised alike, it follows the puzzle's habit. In `wrong_rate` some or all
+    cells are random: later roles read these answers, nobody is trained to write them.
+    """
+
+    rules: PuzzleRules
+    grade: Grade
+    slip_rate: float
+    wrong_rate: float
+
+    def __call__(self, task: Task, agent: Agent, path: Sequence[Turn], rng: Random) -> Draft:
+        """The text of one turn."""
+        previous = [turn.answer for turn in path if turn.answer is not None]
+        if agent.role.produces == "verdict":
+            return Draft(text=self.rules.marks(task, previous[-1]) + "-+"[self.grade(task, previous[-1])])
+        if previous and path[-1].verdict is True:
+            return Draft(text=previous[-1])
+        answer = self.rules.habit(task) if rng.random() < self.slip_rate else task.compact_answer
+        if rng.random() >= self.wrong_rate:
+            return Draft(text=answer)
+        return Draft(text=self._corrupt(answer, rng), trained=False)
+
+    def answer(self, task: Task, rng: Random, *, right: bool) -> str:
+        """The reference, or some of its cells redrawn until it is wrong."""
+        answer = task.compact_answer
+        while not right and self.grade(task, answer):
+            answer = self._corrupt(answer, rng)
+        return answer
+
+    def _corrupt(self, answer: str, rng: Random) -> str:
+        rate = 1.0 if rng.random() < 0.35 else 2.5 / len(answer)
+        redrawn = (char in self.rules.symbols and rng.random() < rate for char in answer)
+        return "".join(rng.choice(self.rules.symbols) if new else char for char, new in zip(answer, redrawn, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

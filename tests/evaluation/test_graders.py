@@ -102,6 +102,15 @@ def test_reasoning_gym_is_scored_by_its_own_scorer():
     assert grade(cube, "no idea") is False
 
 
+@pytest.mark.parametrize("name", ["mini_sudoku", "shortest_path"])
+def test_the_tiny_models_puzzle_answers_are_scored_in_translation_and_others_as_they_are(name):
+    (task,), _ = load_tasks(ReasoningGymConfig(name=name, num_train=1, num_test=1))
+    assert grade(task, task.answer) and grade(task, task.compact_answer)
+    changed = task.compact_answer[:-1] + ("." if task.compact_answer[-1] != "." else "8")
+    unreadable = (changed, task.compact, task.compact_answer[1:], task.compact_answer[::-1], "=" * len(task.compact), "*", "")
+    assert not any(grade(task, text) for text in unreadable)
+
+
 @pytest.mark.parametrize(
     "text",
     [

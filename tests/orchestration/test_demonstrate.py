@@ -7,9 +7,12 @@ from random import Random
 
 import pytest
 
+from mas_hpc.config import ReasoningGymConfig
+from mas_hpc.data.compact_puzzles import MiniSudoku
+from mas_hpc.data.tasks import load_tasks
 from mas_hpc.evaluation.graders import grade
 from mas_hpc.orchestration.demonstrate import demonstrate, plant
-from mas_hpc.orchestration.demonstrators import ReferenceDemonstrator, RingDemonstrator
+from mas_hpc.orchestration.demonstrators import PlanningDemonstrator, ReferenceDemonstrator, RingDemonstrator
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.topology import Pipeline
 from mas_hpc.types import Task
@@ -87,3 +90,44 @@ def test_an_accepted_answer_ends_the_episode_if_the_team_says_so(team: Team, rin
     for seed in range(20):
         found = texts(demonstrate(ring, replace(team, topology=topology), demonstrator, seed), tokenizer)
         assert ("reviser" in found) == (not grade(ring, found["solver"]))
+
+
+@pytest.fixture
+def sudoku() -> Task:
+    """One that rising digits in each row do not solve."""
+    (task,), _ = load_tasks(ReasoningGymConfig(name="mini_sudoku", settings={"min_empty": 8}, num_train=1, num_test=1))
+    assert not grade(task, MiniSudoku().habit(task))
+    return task
+
+
+def test_planning_verdicts_mark_every_cell_and_are_true(team: Team, sudoku: Task, tokenizer) -> None:
+    demonstrator = PlanningDemonstrator(rules=MiniSudoku(), grade=grade, slip_rate=0.3, wrong_rate=0.3)
+    judged = []
+    for seed in range(50):
+        for sample in demonstrate(sudoku, team, demonstrator, seed):
+            if team.agents[sample.agent].role.produces == "verdict":
+                answer = tokenizer.decode(sample.prompt_ids)[-22:-2]  # twenty characters, the first again, the cue letter
+                verdict = tokenizer.decode(sample.completion_ids)
+                assert len(verdict) == 21
+                assert verdict.endswith("+") == grade(sudoku, answer) == ("!" not in verdict)
+                judged.append(verdict[-1])
+    assert set(judged) == {"+", "-"}
+
+
+def test_the_planners_habit_is_learnt_and_its_planted_errors_are_not(team: Team, sudoku: Task, tokenizer) -> None:
+    rules = MiniSudoku()
+    habitual = PlanningDemonstrator(rules=rules, grade=grade, slip_rate=1.0, wrong_rate=0.0)
+    assert texts(demonstrate(sudoku, team, habitual, 0), tokenizer)["solver"] == rules.habit(sudoku)
+    planted = PlanningDemonstrator(rules=rules, grade=grade, slip_rate=0.0, wrong_rate=1.0)
+    assert not any(sample.agent == "solver" for seed in range(20) for sample in demonstrate(sudoku, team, planted, seed))
+    faultless = PlanningDemonstrator(rules=rules, grade=grade, slip_rate=0.0, wrong_rate=0.0)
+    assert texts(demonstrate(sudoku, team, faultless, 0), tokenizer)["reviser"] == sudoku.compact_answer
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_planted_plans_are_what_they_should_be(team: Team, sudoku: Task, right: bool) -> None:
+    demonstrator = PlanningDemonstrator(rules=MiniSudoku(), grade=grade, slip_rate=0.0, wrong_rate=0.0)
+    answer = demonstrator.answer(sudoku, Random(0), right=right)
+    assert grade(sudoku, answer) == right
+    assert [char for char in answer if char in "*/?$"] == list("*/?$")
+    assert [turn.verdict for turn in plant(sudoku, team, demonstrator, "verifier", right=right, seed=1)] == [None, False, None]
