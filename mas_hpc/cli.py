@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -92,7 +92,7 @@ def rollout(config: ConfigFile, overrides: Overrides = None) -> None:
     from mas_hpc.phases import evaluation, training
 
     def job(run: Run) -> None:
-        evaluation.rollout(training.warm_up(run))
+        evaluation.rollout(training.keep(training.warm_up(run)))
         _report(run)
 
     _with_run(_playable(_load(config, overrides)), job)
@@ -107,7 +107,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     from mas_hpc.phases import evaluation, training
 
     def job(run: Run) -> None:
-        run = training.warm_up(run)
+        run = training.keep(training.warm_up(run))
         _finish(run, evaluation.evaluate(run, ""))
 
     _with_run(_playable(_load(config, overrides)), job)
@@ -124,6 +124,63 @@ def report(
     from mas_hpc.evaluation.report.build import build_report
 
     typer.echo(f"report: {build_report(folder)}")
+
+
+@app.command()
+def credit(  # noqa: PLR0913 (options of the command line)
+    folder: Annotated[Path, typer.Argument(help="Run folder, such as runs/mas", show_default=False)],
+    method: Annotated[
+        Literal["shapley", "loo", "first_error", "process_reward", "local", "outcome", "reward_blame"],
+        typer.Option(
+            help="shapley, loo: of agents; first_error: who failed; reward_blame: shapley on success, blame on failure"
+        ),
+    ] = "shapley",
+    value: Annotated[
+        Literal["removal", "replacement", "masked", "resample"],
+        typer.Option(help="what a coalition is worth: the others skipped, replaced, masked from the record, or resampled"),
+    ] = "removal",
+    replays: Annotated[int, typer.Option(min=1, help="replays that each value is the mean of")] = 4,
+    traces: Annotated[
+        str, typer.Option(help="file under traces/, without .jsonl; default: rollout, else the last evaluation")
+    ] = "",
+    limit: Annotated[int, typer.Option(min=0, help="most traces; 0: all")] = 0,
+    localizer: Annotated[
+        Literal["value", "checks", "prm", "all_at_once", "step_by_step", "binary"],
+        typer.Option(help="first error by values of prefixes, executable checks, a PRM, or an LLM judge in one of three ways"),
+    ] = "value",
+    epsilon: Annotated[
+        float, typer.Option(min=0.0, help="least drop of a value that is an error; 0: 1.5 / replays, or 0.15")
+    ] = 0.0,
+    resamples: Annotated[int, typer.Option(min=0, help="alternatives to a message, for preference pairs; 0: none")] = 0,
+    pairs: Annotated[
+        Literal["faults", "all"], typer.Option(help="which messages get alternatives: first errors, or all")
+    ] = "faults",
+    base: Annotated[str, typer.Option(help="model that replaces absent agents; default: the base under the adapters")] = "",
+    reward_model: Annotated[str, typer.Option(help="trained PRM: runs/<name>/model")] = "",
+    seed: Annotated[int, typer.Option(help="of the replays")] = 0,
+) -> None:
+    """Say who earned the reward of a run's traces and who is to blame; write pairs and step labels that `train` reads.
+
+    Example: mas-hpc credit runs/mas --method shapley --value masked --replays 4
+    """
+    from rich.console import Console
+
+    from mas_hpc.distributed.world import World, connected
+    from mas_hpc.phases.credit import CreditOptions
+    from mas_hpc.phases.credit import credit as credit_run
+    from mas_hpc.phases.credit_results import print_credit
+    from mas_hpc.run import reopen
+
+    options = CreditOptions(
+        method=method, value=value, replays=replays, traces=traces, limit=limit, localizer=localizer, epsilon=epsilon,
+        resamples=resamples, pairs=pairs, base=base, reward_model=reward_model, seed=seed,
+    )  # fmt: skip
+    with connected(World.from_env()) as world:
+        console = Console(quiet=not world.is_first, soft_wrap=True)
+        run = reopen(folder, world, console)
+        results = credit_run(run, options)
+        print_credit(console, results, folder)
+        _report(run)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ruamel.yaml import YAML
 
 from mas_hpc.config import AdapterConfig, RecordConfig, RunConfig
+from mas_hpc.config_file import load_config
 from mas_hpc.config_methods import OnlineConfig
 from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import ConfigError, MasHpcError
+from mas_hpc.errors import ConfigError, DataError, MasHpcError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.heads import ScalarHead
@@ -85,7 +87,47 @@ class Run:
 def build(config: RunConfig, world: World, console: Console) -> Run:
     """Load tasks and model, make the run folder, write the resolved config. Raises ConfigError, DataError, CheckpointError."""
     check_world(config, world)
-    train_tasks, test_tasks = ((), ()) if isinstance(config.data, RecordConfig) else load_tasks(config.data)
+
+    def claim() -> Path:
+        folder = claim_folder(config.folder, world)
+        if world.is_first:
+            write_config(config, folder)
+        return folder
+
+    return _assemble(config, world, console, claim, tasks=True)
+
+
+def reopen(folder: Path, world: World, console: Console) -> Run:
+    """A finished run with the weights that it saved, if it saved any. Raises DataError for a folder that is no run's.
+
+    The engine stamps completions with the policy version of those weights.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise DataError(f"{folder}: no config.yaml there; expected the folder of a run, such as runs/mas")
+    config = load_config(file)
+    if (folder / "adapters").is_dir():
+        config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"path": str(folder / "adapters")})})
+    if (folder / "model").is_dir():
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder / "model")})})
+    elif config.warm_start and config.warm_start.steps:
+        raise DataError(f"{folder}: its warm-started weights were not saved; expected {folder / 'model'}: run it again")
+    run = _assemble(config, world, console, lambda: folder, tasks=False)
+    run = with_adapters(run) if config.adapters.policies == "per_agent" else run
+    run.engine.load(version=policy_version(folder))
+    return run
+
+
+def policy_version(folder: Path) -> int:
+    """The version of the weights in a run folder; 0 where nothing was trained after the warm start."""
+    file = folder / "policy_version.json"
+    return int(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else 0
+
+
+def _assemble(config: RunConfig, world: World, console: Console, claim: Callable[[], Path], *, tasks: bool) -> Run:
+    """Load everything, then claim the folder: a mistake leaves no empty one behind."""
+    loads = tasks and not isinstance(config.data, RecordConfig)
+    train_tasks, test_tasks = load_tasks(config.data) if loads else ((), ())  # type: ignore[arg-type]
     with console.status(f"loading {config.model.path} ..."):
         model, tokenizer = load_model(config.model, seed=config.seed)
     if config.model.activation_checkpointing:
@@ -94,9 +136,7 @@ def build(config: RunConfig, world: World, console: Console) -> Run:
         policy: load_other(config, path, tokenizer, f"team.models.{policy}") for policy, path in config.team.models.items()
     }
     team = build_team(config.team, config, tokenizer)
-    folder = claim_folder(config.folder, world)
-    if world.is_first:
-        write_config(config, folder)
+    folder = claim()
     return Run(
         config=config, world=world, folder=folder, console=console,
         log=MetricsLog(folder, is_writer=world.is_first, tracking=config.tracking),

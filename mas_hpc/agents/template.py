@@ -179,8 +179,9 @@ class CompactTemplate:
         if agent.sees == "references" and seen:
             ids = [token for _, run in self.references(task, agent, seen) for token in run]
         else:
-            ids = list(self.opening(task, (*speakers, agent)[0]))
-            for turn, following in zip(seen, (*speakers[1:], agent), strict=True):
+            order = (*speakers, agent)
+            ids = list(self.opening(task, order[0]))
+            for turn, following in zip(seen, order[1:], strict=True):
                 ids += [*turn.completion_ids, *self.cue(task, following, turn)]
         characters = {token: character for character, token in self._vocabulary.items()}
         return "".join(characters[token] for token in ids)

@@ -16,7 +16,6 @@ from mas_hpc.credit_assignment.message_rewards import (
     FailureRewards,
     MessageRewardSettings,
     failure_rewards,
-    message_rewards,
     success_rewards,
 )
 from mas_hpc.credit_assignment.shapley import Attribution, leave_one_out, shapley
@@ -40,8 +39,10 @@ class Path:
     """1.0 right, 0.0 wrong."""
     scores: tuple[float, ...] = ()
     """One a message, from a process reward model: in (0, 1), nan where it has none; empty without a model."""
+    localized: bool = False
+    """Whether something else than values has looked for the first error (checks of the text, a PRM, a judge)."""
     fault: int | None = None
-    """The first error, where something else than values has found it."""
+    """The message that it found; None if it found none."""
     settings: MessageRewardSettings = field(default_factory=MessageRewardSettings)
     seed: int = 0
 
@@ -103,15 +104,17 @@ def shapley_value(path: Path) -> Estimate[Question, Credit]:
 
 
 def first_error(path: Path) -> Estimate[Question, Credit]:
-    """After a failure, the message whose progress is the first drop gets outcome - baseline, and nobody else anything.
+    """After a failure, the message that made the first error gets outcome - baseline, and nobody else anything.
 
-    After a success nobody is blamed and nothing is asked. A path without a drop spreads the blame evenly.
+    It is the first drop of the values of the prefixes, or what a localizer has found; the baseline is the value of the empty
+    path. Without an error the blame is spread evenly. After a success nobody is blamed and nothing is asked.
     """
     if path.outcome >= path.settings.threshold:
         return Credit(rewards=(0.0,) * len(path.turns))
-    values = yield from prefix_values(path)
-    failure = _failure(path, values, gamma=0.0)
-    return Credit(rewards=failure.rewards, values=tuple(values), failure=failure)
+    if path.localized:
+        [baseline] = yield [0]
+        return _blamed(path, [baseline] * (len(path.turns) + 1), gamma=0.0, known=False)
+    return _blamed(path, (yield from prefix_values(path)), gamma=0.0)
 
 
 def reward_blame(path: Path) -> Estimate[Question, Credit]:
@@ -121,16 +124,12 @@ def reward_blame(path: Path) -> Estimate[Question, Credit]:
     failure, where the baseline is the value of the empty path.
     """
     if path.outcome < path.settings.threshold:
-        values = yield from prefix_values(path)
-        failure = _failure(path, values, gamma=path.settings.gamma)
-        return Credit(rewards=failure.rewards, values=tuple(values), failure=failure)
+        return _blamed(path, (yield from prefix_values(path)), gamma=path.settings.gamma)
     attribution = yield from shapley(path.players, seed=path.seed)
     values = yield from prefix_values(path)
     phi, unplaced = _placed(path, attribution)
-    rewards = message_rewards(
-        path.agents, phi=phi, values=values, outcome=path.outcome, baseline=attribution.empty, settings=path.settings
-    ).rewards
-    return Credit(rewards=rewards, attribution=attribution, unplaced=unplaced, values=tuple(values))
+    rewards = success_rewards(path.agents, phi, values, form=path.settings.form, spread=path.settings.spread)
+    return Credit(rewards=tuple(rewards), attribution=attribution, unplaced=unplaced, values=tuple(values))
 
 
 CREDIT: Mapping[CreditMethod, Callable[[Path], Estimate[Question, Credit]]] = {
@@ -150,12 +149,14 @@ def prefix_values(path: Path) -> Estimate[Question, list[float]]:
     return [*asked, path.outcome]
 
 
-def _failure(path: Path, values: Sequence[float], *, gamma: float) -> FailureRewards:
+def _blamed(path: Path, values: Sequence[float], *, gamma: float, known: bool = True) -> Credit:
     settings = path.settings
-    return failure_rewards(
-        values, baseline=values[0], outcome=path.outcome, epsilon=settings.epsilon, beta=settings.beta, gamma=gamma,
+    seen = [values[0]] * len(values) if path.localized and path.fault is None else values
+    failure = failure_rewards(
+        seen, baseline=values[0], outcome=path.outcome, epsilon=settings.epsilon, beta=settings.beta, gamma=gamma,
         first_error=path.fault,
     )  # fmt: skip
+    return Credit(rewards=failure.rewards, values=tuple(values) if known else (), failure=failure)
 
 
 def _split(path: Path, attribution: Attribution) -> Credit:

@@ -69,13 +69,18 @@ class Counterfactual:
     def alternatives(self, place: int, count: int) -> Steps[list[tuple[Turn, float]]]:
         """`count` new messages at the state of message `place`, and the value of each: the mean outcome from it on."""
         turn, how = self.path[place], replace(self.how, sampling=replace(self.how.sampling, group_size=count))
-        state = next(rest for rest in _states(self.path) if turn in rest[1])[0]
-        drafts, requests = ask(self.task, how, how.team.agents[turn.agent], state, f"{self.task.id}~instead/", place)
+        agent = how.team.agents[turn.agent]
+        drafts, requests = ask(self.task, how, agent, self.state(place), f"{self.task.id}~instead/", place)
         completions = yield requests
         siblings = [fill(draft, completion, how.team) for draft, completion in zip(drafts, completions, strict=True)]
         kept = [replace(self, path=(*self.path[:place], sibling)) for sibling in siblings]
         values = yield from parallel([branch.mean(place + 1, {}) for branch in kept])
         return list(zip(siblings, values, strict=True))
+
+    def state(self, place: int) -> tuple[Turn, ...]:
+        """The turns that the author of message `place` could read: those of the rounds before its own."""
+        ends = accumulate(map(len, rounds_of(self.path)))
+        return self.path[: max((end for end in ends if end <= place), default=0)]
 
     def _scenario(self, question: Question) -> tuple[Team, tuple[Turn, ...]]:
         """Who plays, and which recorded turns are kept."""
@@ -93,13 +98,6 @@ class Counterfactual:
         answering = frozenset(name for name, agent in team.agents.items() if agent.role.produces == "answer")
         alone = replace(team, topology=team.topology.restricted(question, answering))
         return alone, kept if self.value == "masked" else ()
-
-
-def _states(path: Sequence[Turn]) -> list[tuple[tuple[Turn, ...], tuple[Turn, ...]]]:
-    """For every round the turns before it, which its members read, and its members."""
-    rounds = rounds_of(path)
-    ends = [0, *accumulate(map(len, rounds))]
-    return [(tuple(path[:start]), members) for start, members in zip(ends, rounds, strict=False)]
 
 
 def _until_absent(path: Sequence[Turn], present: frozenset[str]) -> list[Turn]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 from mas_hpc.config_methods import OfflineConfig, ProcessRewardConfig, RewardModelConfig
@@ -10,6 +11,7 @@ from mas_hpc.phases.offline import fit_offline_method
 from mas_hpc.phases.reward import save_card, step_separator
 from mas_hpc.run import Run, with_adapters
 from mas_hpc.training.checkpoint import save
+from mas_hpc.training.network import Network
 
 
 def check(run: Run) -> None:
@@ -26,18 +28,30 @@ def warm_up(run: Run) -> Run:
     return with_adapters(run) if run.config.adapters.policies == "per_agent" else run
 
 
+def keep(run: Run) -> Run:
+    """Save what the warm start trained, so that the traces that follow can be replayed; the run itself."""
+    if run.world.is_first and run.config.warm_start and run.config.warm_start.steps:
+        _save(run, run.network())
+    return run
+
+
+def _save(run: Run, network: Network) -> None:
+    warm_start = run.config.warm_start
+    trained = warm_start is not None and warm_start.steps > 0
+    save(run.folder, network, run.tokenizer, base_model=run.config.model.path, base_trained=trained)
+
+
 def train(run: Run) -> None:
-    """Run the configured method and save the weights."""
+    """Run the configured method and save the weights, with the version that completions then carry."""
     method = run.config.method
     if isinstance(method, OfflineConfig):
         network = fit_offline_method(run, method, "train")
+        run.engine.load(version=1)
     else:
         network = replace(online.fit_online_method(run, method), head=None)  # the critic's work is done
     if run.world.is_first:
-        warm_start = run.config.warm_start
-        save(
-            run.folder, network, run.tokenizer, base_model=run.config.model.path,
-            base_trained=warm_start is not None and warm_start.steps > 0,
-        )  # fmt: skip
+        _save(run, network)
+        version = 1 if isinstance(method, OfflineConfig) else method.steps + 1
+        (run.folder / "policy_version.json").write_text(json.dumps(version), encoding="utf-8")
         if isinstance(method, RewardModelConfig | ProcessRewardConfig):
             save_card(run.folder / "model", method, step_separator(run))

@@ -44,15 +44,26 @@ def with_reference(samples: Sequence[Sample], network: Network, world: World, *,
 
 def _digest(samples: Sequence[Sample], network: Network) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    _add_weights(digest, network)
     digest.update(json.dumps(_layout(network), default=str).encode())
     for sample in samples:
         masked = [int(trained) for trained in sample.loss_mask]
         row = [sample.policy, sample.prompt_ids, sample.prompt_spans, sample.completion_ids, masked]
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
+
+
+def weights_digest(network: Network) -> str:
+    """Names the weights, adapters included, by their bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    _add_weights(digest, network)
+    return digest.hexdigest()
+
+
+def _add_weights(digest: hashlib.blake2b, network: Network) -> None:
+    for name, tensor in sorted(network.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def _layout(network: Network) -> list[object]:

@@ -1,0 +1,85 @@
+"""Credit of recorded paths by replays: many games advanced together, what was sampled kept."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from mas_hpc.credit_assignment.credit import CREDIT, Credit, CreditMethod, Path, Question
+from mas_hpc.data.value_store import Key, path_digest
+from mas_hpc.orchestration.episode import Play, Result, Steps, parallel
+from mas_hpc.orchestration.replay import Counterfactual, ValueFunction, shared, valued
+from mas_hpc.types import Task
+
+Outcomes = MutableMapping[Key, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Game:
+    """One path whose messages get credit, and how the questions about it are answered."""
+
+    task: Task
+    path: Path
+    how: Play
+    value: ValueFunction
+    num_replays: int
+
+    @property
+    def counterfactual(self) -> Counterfactual:
+        """What answers the questions."""
+        return Counterfactual(
+            task=self.task, path=self.path.turns, how=self.how, value=self.value, num_replays=self.num_replays
+        )  # fmt: skip
+
+    def subject(self, question: Question) -> str:
+        """What an outcome belongs to: a coalition that plays anew belongs to the question, all else to the recorded path."""
+        anew = isinstance(question, frozenset) and self.value in ("removal", "replacement")
+        kind = "prefix" if isinstance(question, int) else self.value
+        sampling = self.how.sampling
+        drawn = f"T {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, seed {self.how.seed}"
+        return f"{self.task.id} | {kind} | {'' if anew else path_digest(self.path.turns)} | {drawn}"
+
+    def credit(self, method: CreditMethod, outcomes: Callable[[str], Outcomes]) -> Steps[Credit | None]:
+        """The credit of the path's messages; None where a value is missing because every replay of it failed."""
+        counterfactual = self.counterfactual
+        credit: Credit | None = yield from valued(
+            CREDIT[method](self.path), lambda question: counterfactual.mean(question, outcomes(self.subject(question)))
+        )
+        return credit
+
+
+def together(
+    games: Sequence[tuple[str, Steps[Result]]], *, max_live: int, requests: Counter[str], on_wave: Callable[[], None]
+) -> Steps[list[Result]]:
+    """Advance all games; those of one question (its id comes first) ask for equal completions once.
+
+    `requests` counts what was asked and what was sampled: what sharing left of it. `on_wave` is called after each batch.
+    """
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for number, (task, _) in enumerate(games):
+        numbers[task].append(number)
+
+    def ask(wanted: int) -> None:
+        requests["asked"] += wanted
+
+    def sample(wanted: int) -> None:
+        on_wave()
+        requests["sampled"] += wanted
+
+    trees = [shared(noted(parallel([games[number][1] for number in members]), ask), {}) for members in numbers.values()]
+    found = yield from noted(parallel(trees, max_live=max_live), sample)
+    by_number = dict(zip(chain.from_iterable(numbers.values()), chain.from_iterable(found), strict=True))
+    return [by_number[number] for number in range(len(games))]
+
+
+def noted(steps: Steps[Result], note: Callable[[int], None]) -> Steps[Result]:
+    """The same steps; `note` is told the number of requests of every batch before it is served."""
+    try:
+        wanted = next(steps)
+        while True:
+            note(len(wanted))
+            wanted = steps.send((yield wanted))
+    except StopIteration as end:
+        return end.value
