@@ -109,7 +109,7 @@ def kernel_shap(players: Sequence[str], *, budget: int, seed: int) -> Estimate[C
     Asks one batch of at most `budget` coalitions, nobody and everybody among them: the small sizes and their complements
     completely, while the budget lasts (see `_enumerated_size`); of the sizes in between, pairs of a coalition and its
     complement, drawn with replacement by the kernel (Covert & Lee 2021, section 4.2). Exact when the budget covers all 2^n
-    coalitions, and for games whose interactions have at most two members.
+    coalitions, and for games whose interactions have at most two members; else consistent, but biased while draws are few.
 
     The standard error is linearised from the draws, nan for fewer than two. Raises ConfigError when the budget does not
     cover the single players and their complements, without which the regression may be singular.

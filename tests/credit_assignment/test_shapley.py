@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from random import Random
 
@@ -66,7 +67,7 @@ def interactions(num_players: int, seed: int, sizes: Sequence[int]) -> tuple[Gam
 ALL_SIZES = (1, 2, 3, 4, 5)
 SHAPLEY_ESTIMATORS: dict[str, Estimator] = {
     "exact": exact,
-    "antithetic": lambda players: antithetic(players, seed=3, tolerance=0.0, max_pairs=3, pairs_per_batch=2),
+    "antithetic": lambda players: antithetic(players, seed=3, tolerance=-1.0, max_pairs=3, pairs_per_batch=2),
     "kernel_shap": lambda players: kernel_shap(players, budget=2 * len(players) + 12, seed=3),
 }
 ESTIMATORS = {**SHAPLEY_ESTIMATORS, "leave_one_out": leave_one_out}
@@ -97,8 +98,7 @@ CLOSED_FORMS: dict[str, tuple[str, Game, list[float]]] = {
 def test_exact_values_of_games_with_a_closed_form(players: str, game: Game, phi: list[float]) -> None:
     attribution, batches = play(exact(players), game)
     assert attribution.phi == pytest.approx(phi, abs=1e-12, rel=0)
-    assert attribution.players == tuple(players)
-    assert attribution.standard_error == (0.0,) * len(players)
+    assert (attribution.players, attribution.standard_error) == (tuple(players), (0.0,) * len(players))
     assert (attribution.empty, attribution.full) == (game(frozenset()), game(frozenset(players)))
     assert [len(batch) for batch in batches] == [2 ** len(players)] == [attribution.num_coalitions]
 
@@ -192,15 +192,13 @@ def test_names_do_not_matter(name: str) -> None:
     game, renamed = random_game(players, seed=5), random_game(other_names, seed=5)
     ours, _ = play(ESTIMATORS[name](players), game)
     theirs, _ = play(ESTIMATORS[name](other_names), renamed)
-    assert (ours.phi, ours.num_coalitions) == (theirs.phi, theirs.num_coalitions)
-    assert ours.standard_error == theirs.standard_error
+    assert replace(ours, players=theirs.players) == theirs
 
 
 def test_the_order_of_the_players_does_not_change_the_last_digit_of_exact_values() -> None:
     players = names_of(6)
     game = random_game(players, seed=2)
-    forward, backward = play(exact(players), game)[0].phi, play(exact(players[::-1]), game)[0].phi
-    assert forward == backward[::-1]
+    assert play(exact(players), game)[0].phi == play(exact(players[::-1]), game)[0].phi[::-1]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -267,6 +265,15 @@ def test_kernel_shap_spends_its_budget_on_small_sizes_with_complements_and_on_pa
     assert all(0 < asked_of < math.comb(12, size) for size, asked_of in enumerate(sizes) if 2 < size < 10)
 
 
+def test_kernel_shap_draws_sizes_by_the_kernel_and_keeps_budget_for_those_in_between() -> None:
+    # shares of 1 / (k (20 - k)) for k = 2..18: sizes 2 and 18 have 2/36 of 0.2495 (harmonic numbers), 22 percent
+    batches = [play(kernel_shap(names_of(20), budget=100, seed=seed), lambda _: 0.0)[1][0] for seed in range(40)]
+    drawn = [len(coalition) for batch in batches for coalition in batch if 1 < len(coalition) < 19]
+    assert sum(size in (2, 18) for size in drawn) / len(drawn) == pytest.approx(0.2227, abs=0.03)
+    (batch,) = play(kernel_shap(names_of(17), budget=1700, seed=0), lambda _: 0.0)[1]
+    assert sum(3 < len(coalition) < 14 for coalition in batch) > 500  # sizes 1 to 3 and 14 to 16 alone would cost 1666
+
+
 def test_kernel_shap_refuses_a_budget_that_leaves_the_regression_singular() -> None:
     with pytest.raises(ConfigError, match="budget=17: KernelSHAP of 8 players needs at least 18 coalitions; raise it"):
         answered(kernel_shap(names_of(8), budget=17, seed=0), lambda coalitions: [0.0] * len(coalitions))
@@ -294,7 +301,7 @@ def test_one_antithetic_pair_is_not_exact_for_interactions_of_three() -> None:
 
 SAMPLERS: dict[str, Callable[[int], Estimate[Coalition, Attribution]]] = {
     "antithetic": lambda seed: antithetic(names_of(8), seed=seed, tolerance=0.0, max_pairs=16),
-    "kernel_shap": lambda seed: kernel_shap(names_of(8), budget=130, seed=seed),
+    "kernel_shap": lambda seed: kernel_shap(names_of(8), budget=200, seed=seed),
 }
 
 
@@ -308,7 +315,7 @@ def test_sampled_values_lie_within_their_own_99_percent_interval(name: str) -> N
         misses += int((np.abs(scores) > 2.576).sum())
         standardised.extend(scores)
     assert misses <= 0.03 * 30 * 8
-    assert 0.6 < np.std(standardised) < 1.2  # and the interval is not merely wide
+    assert 0.7 < np.std(standardised) < 1.2  # and the interval is not merely wide
     assert abs(np.mean(standardised)) < 0.2
 
 
@@ -335,6 +342,7 @@ def test_kernel_shap_beats_orders_at_equal_cost_and_both_beat_leave_one_out() ->
 def test_leave_one_out_says_what_it_does_not_explain() -> None:
     needed, batches = play(leave_one_out("ab"), lambda coalition: float(len(coalition) == 2))
     assert (needed.phi, needed.gap, needed.conserving, needed.num_coalitions) == ((1.0, 1.0), -1.0, False, 4)
+    assert (mean_of_replays([needed, needed]).conserving, mean_of_replays([needed, needed]).gap) == (False, -1.0)
     twins, _ = play(leave_one_out("abc"), lambda coalition: float(bool(coalition)))
     assert (twins.phi, twins.gap, twins.num_coalitions) == ((0.0, 0.0, 0.0), 1.0, 5)
     assert len(batches) == 1
@@ -347,6 +355,7 @@ def test_the_estimator_follows_from_the_number_of_players() -> None:
 
     assert asked(6) == [64]
     assert 2 + 7 + 7 < asked(7)[0] < 2**7  # a cycle of seven pairs
+    assert asked(7) == asked(7, max_antithetic=7)
     assert asked(17, budget=300) == [300]
     assert asked(7, max_exact=7) == [128]
     assert asked(7, max_antithetic=6, budget=40) == [40]
@@ -360,14 +369,7 @@ def test_mean_of_replays_measures_the_noise_of_the_values() -> None:
     assert mean.phi == pytest.approx((0.5, 1 / 6))
     assert mean.standard_error == pytest.approx((0.5 / math.sqrt(3), math.sqrt(1 / 12) / math.sqrt(3)))
     assert (mean.empty, mean.full, mean.num_coalitions) == (0.0, pytest.approx(2 / 3), 12)
-    alone = mean_of_replays([replay((1.0, 0.0), 1.0)])
-    assert alone.phi == (1.0, 0.0)
-    assert all(map(math.isnan, alone.standard_error))
-
-
-def test_mean_of_replays_keeps_the_gap_of_leave_one_out() -> None:
-    one, _ = play(leave_one_out("ab"), lambda coalition: float(len(coalition) == 2))
-    assert (mean_of_replays([one, one]).conserving, mean_of_replays([one, one]).gap) == (False, -1.0)
+    assert all(map(math.isnan, mean_of_replays([replay((1.0, 0.0), 1.0)]).standard_error))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
