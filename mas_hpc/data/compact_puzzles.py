@@ -140,17 +140,19 @@ class ShortestPath:
         return (" ".join(moves) or "infeasible") if len(moves) == num_moves else None
 
     def marks(self, task: Task, answer: str) -> str:
-        """`!` where a move stands on a blocked cell or on the goal, or leads out of the grid or to a cell that is neither
-        left nor the goal, and at a start that is not left though there is a way."""
+        """`!` where a move stands on a blocked cell, on the goal or on a cell that no move leads to, or leads out of the grid
+        or to a cell that is neither left nor the goal; and at a start that is not left though there is a way."""
         grid, cells, width = _cells(task.compact), _cells(answer), _width(task.compact)
+        after = [_neighbour(place, move, width, len(cells)) for place, move in enumerate(cells)]
 
-        def holds(place: int, move: str) -> bool:
-            if move == ".":
+        def holds(place: int) -> bool:
+            if cells[place] == ".":
                 return grid[place] != "5" or task.answer == "infeasible"
-            following = _neighbour(place, move, width, len(grid))
-            return grid[place] in "05" and following is not None and (cells[following] != ".") != (grid[following] == "9")
+            entered = grid[place] == "5" or (grid[place] == "0" and place in after)
+            following = after[place]
+            return entered and following is not None and (cells[following] != ".") != (grid[following] == "9")
 
-        return _framed("".join("=" if holds(place, move) else "!" for place, move in enumerate(cells)), width)
+        return _framed("".join("=" if holds(place) else "!" for place in range(len(cells))), width)
 
     def habit(self, task: Task) -> str:
         """Looks at start and goal only: sideways, then up or down, as if no cell were blocked."""

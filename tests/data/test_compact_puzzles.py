@@ -81,10 +81,11 @@ def test_marks_of_a_way_show_moves_that_cannot_be_made():
     marked = {
         "*2../668": "*===/===",
         "*66./...": "*=!=/===",  # the second move stands on a blocked cell
-        "*.../668": "*!==/===",  # the start is not left
+        "*.../668": "*!==/!==",  # the start is not left, so nothing leads to the next cell
         "*2../66.": "*===/=!=",  # the second move leads to a cell that is not left
         "*2../626": "*===/=!!",  # down and right out of the grid
         "*2.2/668": "*==!/==!",  # the goal is left
+        "*2../468": "*===/!!=",  # the first move meets the wall, so nothing leads to the second, and the third stays
     }
     assert {answer: rules.marks(task, answer) for answer in marked} == marked
 
@@ -129,6 +130,9 @@ def test_exactly_the_shortest_ways_are_right():
     task = next(task for task in train if task.compact == "*50/09")
     maps = ["*{}{}/{}{}".format(*cells) for cells in product(".2468", repeat=4)]
     assert [text for text in maps if grade(task, text)] == ["*2./6.", "*62/.."]
+    # cells' marks cannot see that a way runs in a circle
+    marked = {text for text in maps if "!" not in PUZZLES["shortest_path"].marks(task, text)}
+    assert marked == {"*2./6.", "*62/..", "*64/..", "*2./8."}
 
 
 def test_settings_are_the_librarys_own_and_part_of_the_id():
