@@ -230,6 +230,21 @@ class PPOConfig(OnlineConfig):
         return self
 
 
+class CreditConfig(Section):
+    """What a turn earns, found by replays, in place of its role's own reward (a PRM's scores: method.reward_model)."""
+
+    method: Literal["local", "outcome", "loo", "shapley", "first_error", "reward_blame"] = "local"
+    """local: the role's verifiable reward, and no replays; the others as in `mas-hpc credit`."""
+    value: Literal["removal", "replacement", "masked", "resample"] = "resample"
+    """What a coalition of agents is worth: the others skipped, replaced by the base, masked from the record, or resampled."""
+    replays: Positive = 1
+    """Replays that each value is the mean of."""
+    form: Literal["sibling", "weight"] = "sibling"
+    """sibling: each turn earns the credit of its own path; weight: advantages are multiplied by the size of the credit."""
+    weight_limit: Annotated[float, Field(ge=1.0)] = 3.0
+    """weight: largest factor, and 1 over the smallest."""
+
+
 class GroupConfig(OnlineConfig):
     """Advantages from groups of completions instead of a critic."""
 
@@ -241,6 +256,16 @@ class GroupConfig(OnlineConfig):
     advantage: Literal["group", "group_mean", "group_batch", "rloo", "reinforce_pp", "rae"] = "group"
     """group: minus the mean, over the standard deviation; group_mean: minus the mean (Dr. GRPO); group_batch: over that of the
     batch; rloo: minus the mean of the others; reinforce_pp: whitened over all tokens; rae: minus the agent's moving average."""
+
+    credit: CreditConfig = CreditConfig()
+
+    @model_validator(mode="after")
+    def _credit_of_a_turn(self) -> GroupConfig:
+        if self.credit.method == "local" and self.credit.form == "weight":
+            raise ValueError("credit.form=weight: local rewards weigh nothing; set credit.method, such as shapley")
+        if self.credit.method != "local" and self.credit.form == "sibling" and self.reward_model:
+            raise ValueError(f"credit.method={self.credit.method} and reward_model would both set a turn's reward; keep one")
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> GroupConfig:
@@ -269,6 +294,15 @@ class GRPOConfig(GroupConfig):
     """Further rounds of sampling that replace groups without variance (DAPO); 0: none."""
     rae_decay: Fraction = 0.95
     """Of the moving average of advantage rae."""
+
+    @model_validator(mode="after")
+    def _turns_are_compared(self) -> GRPOConfig:
+        if self.credit.method != "local" and self.credit.form == "sibling" and self.group_by == "task":
+            raise ValueError(
+                f"credit.method={self.credit.method}: with group_by=task every turn earns the outcome; set group_by=agent, or "
+                "credit.form=weight"
+            )
+        return self
 
     @model_validator(mode="after")
     def _variance_to_look_for(self) -> GRPOConfig:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 
 from rich.console import Console
@@ -29,6 +29,8 @@ class Batch:
     """Reward of each episode: of the turn that gave the team's answer; None where it failed."""
     steps: StepRewards
     """Rewards of steps, by turn id, where a process reward model gave some."""
+    credit: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of credit by replays, where the method asks for it."""
 
     def only(self, tasks: set[str]) -> Batch:
         """The episodes of these questions."""
@@ -46,7 +48,7 @@ class Batch:
         extra = more.only(set(new[: num_tasks - len(have)]))
         return replace(
             self, traces=self.traces + extra.traces, outcomes=self.outcomes + extra.outcomes,
-            steps={**self.steps, **extra.steps},
+            steps={**self.steps, **extra.steps}, credit=self.credit or more.credit,
         )  # fmt: skip
 
 
@@ -77,6 +79,11 @@ def batch_metrics(batch: Batch, method: OnlineMethod) -> dict[str, float]:
         if rewards := [turn.reward for turn in turns if turn.agent == agent and turn.reward is not None]:
             metrics[f"reward/{agent}"] = fmean(rewards)
     return metrics
+
+
+def sampled_tokens(traces: Sequence[Trace]) -> float:
+    """Completion tokens of all turns, those included that only value another."""
+    return float(sum(len(turn.completion_ids) for trace in traces for turn in trace.turns))
 
 
 def _flat_groups(batch: Batch) -> float:

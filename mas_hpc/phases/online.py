@@ -26,7 +26,8 @@ from mas_hpc.distributed.ddp import DataParallel
 from mas_hpc.errors import ConfigError
 from mas_hpc.models.heads import ScalarHead
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
-from mas_hpc.phases.batch import Batch, batch_metrics, print_completions, with_credit
+from mas_hpc.phases.batch import Batch, batch_metrics, print_completions, sampled_tokens, with_credit
+from mas_hpc.phases.credit_training import with_credit_weights, with_sibling_credit
 from mas_hpc.phases.examples import training_tasks
 from mas_hpc.phases.monitor import Monitor
 from mas_hpc.phases.reward import load_reward_model, read_card, rewarded
@@ -79,6 +80,12 @@ def check(run: Run, method: OnlineMethod) -> None:
     if isinstance(method, GRPOConfig) and method.group_by == "task" and not answers:
         raise ConfigError(
             "method.group_by=task: no agent of the team gives an answer, so no episode has an outcome; set it to agent"
+        )
+    replacing = isinstance(method, GroupConfig) and method.credit.method != "local" and method.credit.value == "replacement"
+    if replacing and run.config.adapters.policies == "shared":
+        raise ConfigError(
+            "method.credit.value=replacement: without adapters nothing says which policy replaces an absent agent; set "
+            "adapters.policies=per_agent, or another value"
         )
     if isinstance(method, PPOConfig) and method.critic == "separate" and run.config.adapters.policies == "per_agent":
         raise ConfigError(
@@ -151,15 +158,22 @@ class Trainer:
         how = how_to_play(run, _sampling(run, method), derive_seed(run.config.seed, "train", *names))
         traces = play_all(run, tasks, how, label="train", step=step, keep=False, bar=False)
         traces, steps = rewarded(run, traces, method, self.reward_model)
-        return Batch(step=step, traces=traces, outcomes=[_outcome(run, trace) for trace in traces], steps=steps)
+        outcomes = [_outcome(run, trace) for trace in traces]
+        costs: Mapping[str, float] = {}
+        if _replays(method, "sibling"):
+            assert isinstance(method, GroupConfig)
+            traces, costs = with_sibling_credit(run, traces, method, step)
+        return Batch(step=step, traces=traces, outcomes=outcomes, steps=steps, credit=costs)
 
     # ---- credit
 
     def credit(self, batch: Batch) -> tuple[list[Minibatch], Mapping[str, float]]:
         """Advantages of turns or tokens, cut into the minibatches of all passes; and the metrics of the batch."""
-        credited = self._credited(batch)
+        credited, weighing = self._weighed(batch.step, self._credited(batch))
         samples = [sample for sample in to_samples(credited) if sample.policy not in self.run.other_models]
-        metrics = batch_metrics(batch, self.method)
+        metrics = {**batch_metrics(batch, self.method), **batch.credit, **weighing}
+        metrics["tokens/sampled"] = sampled_tokens(batch.traces) + metrics.get("credit/tokens", 0.0)
+        self._say_what_centring_erased(batch.step, metrics)
         samples, kl = self._with_reference(samples)
         if isinstance(self.method, PPOConfig) or _by_token(self.method):
             samples, credited = self._token_advantages(batch, samples, credited)
@@ -176,7 +190,8 @@ class Trainer:
         if isinstance(method, ATGRPOConfig):
             groups = GroupSettings(
                 group_size=method.group_size, advantage=method.advantage, agent_weights=method.agent_weights,  # type: ignore[arg-type]
-                balance_verdicts=method.balance_verdicts, penalties=self.reward_model is None,
+                balance_verdicts=method.balance_verdicts,
+                penalties=self.reward_model is None and not _replays(method, "sibling"),
             )  # fmt: skip
             traces = at_grpo(batch.traces, groups)
         elif isinstance(method, GRPOConfig):
@@ -189,6 +204,20 @@ class Trainer:
         if method.truncated == "mask":
             traces = [with_credit(trace, lambda turn: None if turn.finish == "length" else turn.credit) for trace in traces]
         return traces
+
+    def _weighed(self, step: int, traces: list[Trace]) -> tuple[list[Trace], Mapping[str, float]]:
+        """Advantages times the size of their agents' credit, where the method asks for it."""
+        if not _replays(self.method, "weight"):
+            return traces, {}
+        assert isinstance(self.method, GroupConfig)
+        return with_credit_weights(self.run, traces, self.method, step)
+
+    def _say_what_centring_erased(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Credit that is constant inside a group trains nothing: how much of it, at the first, middle and last step."""
+        found = {name.partition("/")[2]: share for name, share in metrics.items() if name.startswith("erased_by_centring/")}
+        if found and self.run.world.is_first and step in (0, self.method.steps // 2, self.method.steps - 1):
+            shares = ", ".join(f"{share:.0%} of {agent}'s" for agent, share in found.items())
+            self.run.console.print(f"credit: group centring erases {shares} variance; the rest trains", highlight=False)
 
     def _with_reference(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
         """The reference's log-probs, and the KL of a sequence by which the coefficient is adapted for the next batch."""
@@ -266,6 +295,11 @@ class Trainer:
         how = how_to_play(run, Sampling(temperature=0.0), run.config.evaluation.seed)
         traces = play_all(run, tasks, how, label="held_out", keep=False, bar=False)
         return {"accuracy": fmean(trace.reward or 0.0 for trace in traces)}
+
+
+def _replays(method: OnlineMethod, form: Literal["sibling", "weight"]) -> bool:
+    """Whether credit by replays enters in this form."""
+    return isinstance(method, GroupConfig) and method.credit.method != "local" and method.credit.form == form
 
 
 def _sampling(run: Run, method: OnlineMethod) -> Sampling:

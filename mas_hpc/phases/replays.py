@@ -11,6 +11,7 @@ from mas_hpc.credit_assignment.credit import CREDIT, Credit, CreditMethod, Path,
 from mas_hpc.data.value_store import Key, path_digest
 from mas_hpc.orchestration.episode import Play, Result, Steps, parallel
 from mas_hpc.orchestration.replay import Counterfactual, ValueFunction, shared, valued
+from mas_hpc.rollout.engine import Completion
 from mas_hpc.types import Task
 
 Outcomes = MutableMapping[Key, float]
@@ -55,18 +56,20 @@ def together(
 ) -> Steps[list[Result]]:
     """Advance all games; those of one question (its id comes first) ask for equal completions once.
 
-    `requests` counts what was asked and what was sampled: what sharing left of it. `on_wave` is called after each batch.
+    `requests` counts the completions that were asked for and those that were sampled, and their tokens.
+    `on_wave` is called after each batch.
     """
     numbers: dict[str, list[int]] = defaultdict(list)
     for number, (task, _) in enumerate(games):
         numbers[task].append(number)
 
-    def ask(wanted: int) -> None:
-        requests["asked"] += wanted
+    def ask(served: Sequence[Completion]) -> None:
+        requests["asked"] += len(served)
 
-    def sample(wanted: int) -> None:
+    def sample(served: Sequence[Completion]) -> None:
         on_wave()
-        requests["sampled"] += wanted
+        requests["sampled"] += len(served)
+        requests["tokens"] += sum(len(completion.token_ids) for completion in served)
 
     trees = [shared(noted(parallel([games[number][1] for number in members]), ask), {}) for members in numbers.values()]
     found = yield from noted(parallel(trees, max_live=max_live), sample)
@@ -74,12 +77,13 @@ def together(
     return [by_number[number] for number in range(len(games))]
 
 
-def noted(steps: Steps[Result], note: Callable[[int], None]) -> Steps[Result]:
-    """The same steps; `note` is told the number of requests of every batch before it is served."""
+def noted(steps: Steps[Result], note: Callable[[Sequence[Completion]], None]) -> Steps[Result]:
+    """The same steps; `note` is shown the completions of every batch."""
     try:
         wanted = next(steps)
         while True:
-            note(len(wanted))
-            wanted = steps.send((yield wanted))
+            served = yield wanted
+            note(served)
+            wanted = steps.send(served)
     except StopIteration as end:
         return end.value
