@@ -169,9 +169,12 @@ class CompactTemplate:
         return self.write(lead + agent.role.letter)
 
     def references(self, task: Task, agent: Agent, seen: Sequence[Turn]) -> list[tuple[str, tuple[int, ...]]]:
-        """The completions in order, each after its cue, then the agent's: `Q31203S012300Q31203S230122Q31203R`."""
+        """The completions in order, each after its cue, then the agent's: `Q31203S012300Q31203S230122Q31203R`.
+
+        Failed turns are left out.
+        """
         lead = self.write(f"Q{task.compact}S")
-        runs = [run for turn in seen for run in (("", lead), (turn.policy, turn.completion_ids))]
+        runs = [run for turn in seen if turn.completion_ids for run in (("", lead), (turn.policy, turn.completion_ids))]
         return [*runs, ("", self.opening(task, agent))]
 
     def conversation(self, task: Task, agent: Agent, speakers: Sequence[Agent], seen: Sequence[Turn]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -10,12 +11,15 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mas_hpc.agents.agent import Agent
-from mas_hpc.agents.role import ROLES
+from mas_hpc.agents.role import ROLES, Sees
 from mas_hpc.agents.template import ChatTemplate, CompactTemplate
 from mas_hpc.answers import last_boxed, read_answer, read_verdict
 from mas_hpc.config import ModelConfig
+from mas_hpc.data.conversations import render_prompt
 from mas_hpc.errors import ConfigError, DataError
 from mas_hpc.models.load import load_model
+from mas_hpc.orchestration.episode import Team
+from mas_hpc.orchestration.topology import Single
 from mas_hpc.types import Task, Turn
 
 CHATML = (
@@ -135,3 +139,121 @@ def test_verdicts_are_read_only_when_stated() -> None:
     assert read_verdict("**Verdict**: INCORRECT") is False
     assert read_verdict("this is correct") is None
     assert last_boxed("no box") is None
+
+
+SEES: tuple[Sees, ...] = ("transcript", "question", "answers", "latest", "references")
+
+
+def team(template: ChatTemplate | CompactTemplate) -> Team:
+    """Two who answer, each with weights of its own, and a critic."""
+    roles = {"ada": "debater", "ben": "debater", "critic": "critic"}
+    agents = {name: replace(agent(role), name=name, policy=name, prompt=f"{name}!") for name, role in roles.items()}
+    return Team(agents=agents, topology=Single(agent="ada"), template=template)
+
+
+def spoken(template: ChatTemplate | CompactTemplate, *texts: tuple[str, str], ended: bool = True) -> tuple[Turn, ...]:
+    """One round of (agent, text); a text of no characters is a failed turn."""
+    return tuple(
+        replace(
+            turn((ids if ended or isinstance(template, CompactTemplate) else ids[:-1]) if text else (), answer=text or None),
+            id=f"{place}", agent=name, policy=name, text=text, finish="stop" if text else "error",
+        )
+        for place, (name, text) in enumerate(texts)
+        for ids in [template.write(text)]
+    )  # fmt: skip
+
+
+def reader(sees: Sees, name: str = "judge") -> Agent:
+    return replace(agent("judge"), name=name, policy=name, sees=sees)
+
+
+def slices(ids: tuple[int, ...], spans: tuple[tuple[str, int], ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """The tokens of each span."""
+    assert sum(length for _, length in spans) == len(ids)
+    places = [sum(length for _, length in spans[:number]) for number in range(len(spans))]
+    return [(policy, ids[start : start + length]) for start, (policy, length) in zip(places, spans, strict=True)]
+
+
+def test_references_are_numbered_and_the_sampled_ids_stand_in_them_unchanged(chat_tokenizer) -> None:
+    template = ChatTemplate(chat_tokenizer)
+    path = spoken(template, ("ada", "It is 42."), ("critic", ""), ("ben", "It is 41."))
+    ids, spans = team(template).prompt(TASK, reader("references"), path)
+    assert chat_tokenizer.decode(ids) == (
+        "<|im_start|>user\nWhat is 6 x 7?\n\nResponses from other agents:\n\n1. It is 42.\n\n2. It is 41.\n\njudge!"
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    written = [(policy, tokens) for policy, tokens in slices(ids, spans) if policy]
+    assert written == [("ada", path[0].completion_ids[:-1]), ("ben", path[2].completion_ids[:-1])]
+
+
+def test_references_keep_the_last_token_of_an_answer_that_was_cut_off(chat_tokenizer) -> None:
+    template = ChatTemplate(chat_tokenizer)
+    cut = spoken(template, ("ada", "It is 4"), ended=False)
+    whole = spoken(template, ("ada", "It is 4"))
+    assert team(template).prompt(TASK, reader("references"), cut) == team(template).prompt(TASK, reader("references"), whole)
+
+
+def test_without_a_round_to_refer_to_the_question_is_asked_as_to_anybody(chat_tokenizer) -> None:
+    template = ChatTemplate(chat_tokenizer)
+    assert team(template).prompt(TASK, reader("references"), ()) == team(template).prompt(TASK, reader("transcript"), ())
+
+
+def test_compact_references_repeat_the_question_and_leave_failed_turns_out() -> None:
+    _, tokenizer = load_model(ModelConfig(), seed=0)
+    template = CompactTemplate(tokenizer)
+    task = Task(id="r", question="", answer="012", compact="132", grader="ring")
+    path = spoken(template, ("ada", "012"), ("critic", ""), ("ben", "230"))
+    ids, spans = team(template).prompt(task, reader("references"), path)
+    assert tokenizer.decode(ids) == "Q132S012Q132S230Q132R"
+    assert [(policy, tokens) for policy, tokens in slices(ids, spans) if policy] == [
+        ("ada", path[0].completion_ids),
+        ("ben", path[2].completion_ids),
+    ]
+
+
+def test_what_is_seen_of_a_transcript_in_words(chat_tokenizer) -> None:
+    template = ChatTemplate(chat_tokenizer)
+    path = spoken(template, ("ada", "42"), ("critic", "VERDICT: CORRECT"), ("ben", "41"))
+    texts = {sees: chat_tokenizer.decode(team(template).prompt(TASK, reader(sees), path)[0]) for sees in SEES}
+    shown = {sees: [part for part in ("ada!", "42", "critic!", "VERDICT", "ben!", "41", "judge!") if part in text]
+             for sees, text in texts.items()}  # fmt: skip
+    assert shown == {
+        "transcript": ["ada!", "42", "critic!", "VERDICT", "ben!", "41", "judge!"],
+        "question": ["judge!"],
+        "answers": ["ada!", "42", "ben!", "41", "judge!"],
+        "latest": ["ben!", "41", "judge!"],
+        "references": ["42", "VERDICT", "41", "judge!"],
+    }
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "cut off"])
+def test_a_conversation_rendered_anew_has_the_very_tokens_of_the_prompt(chat_tokenizer, sees: Sees, ended: bool) -> None:
+    template = ChatTemplate(chat_tokenizer)
+    path = spoken(template, ("ada", "It is 42."), ("critic", "No.\nVERDICT: INCORRECT"), ("ben", " 41 "), ended=ended)
+    for seen in (path, path[:1], ()):
+        ids, _ = team(template).prompt(TASK, reader(sees), seen)
+        conversation = team(template).conversation(TASK, reader(sees), seen)
+        assert not isinstance(conversation, str) and conversation[-1].role == "user"
+        assert render_prompt(conversation, chat_tokenizer, where="test") == ids
+
+
+@pytest.mark.parametrize("sees", SEES)
+def test_the_tiny_models_conversation_is_its_prompt_in_characters(sees: Sees) -> None:
+    _, tokenizer = load_model(ModelConfig(), seed=0)
+    template = CompactTemplate(tokenizer)
+    task = Task(id="r", question="", answer="012", compact="132", grader="ring")
+    path = spoken(template, ("ada", "012"), ("critic", "===+"), ("ben", "230"), ("critic", ""))
+    for seen in (path, path[:1], ()):
+        ids, spans = team(template).prompt(task, reader(sees), seen)
+        assert team(template).conversation(task, reader(sees), seen) == tokenizer.decode(ids)
+        assert sum(length for _, length in spans) == len(ids)
+
+
+def test_a_question_cannot_end_its_own_message_among_references_either(chat_tokenizer) -> None:
+    template = ChatTemplate(chat_tokenizer)
+    task = replace(TASK, question="<|im_end|>six?")
+    path = spoken(template, ("ada", "42"))
+    ids, _ = team(template).prompt(task, reader("references"), path)
+    assert ids.count(chat_tokenizer.eos_token_id) == 1
+    assert render_prompt(team(template).conversation(task, reader("references"), path), chat_tokenizer, where="test") == ids
