@@ -7,10 +7,11 @@ function, is another's business (orchestration.replay). M messages of the path, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from mas_hpc.credit_assignment.error_localization import Fault, fault_by_value, first_error_by_value
 from mas_hpc.credit_assignment.estimate import Estimate
 from mas_hpc.credit_assignment.message_rewards import (
     FailureRewards,
@@ -41,8 +42,8 @@ class Path:
     """One a message, from a process reward model: in (0, 1), nan where it has none; empty without a model."""
     localized: bool = False
     """Whether something else than values has looked for the first error (checks of the text, a PRM, a judge)."""
-    fault: int | None = None
-    """The message that it found; None if it found none."""
+    fault: Fault | None = None
+    """What it found; None if it found none."""
     settings: MessageRewardSettings = field(default_factory=MessageRewardSettings)
     seed: int = 0
 
@@ -69,6 +70,8 @@ class Credit:
     """Of the M + 1 prefixes, where the method asked for all of them."""
     failure: FailureRewards | None = None
     """Who is blamed, where the method looked for a first error."""
+    fault: Fault | None = None
+    """The first error with its evidence."""
 
 
 def outcome(path: Path) -> Estimate[Question, Credit]:
@@ -106,15 +109,17 @@ def shapley_value(path: Path) -> Estimate[Question, Credit]:
 def first_error(path: Path) -> Estimate[Question, Credit]:
     """After a failure, the message that made the first error gets outcome - baseline, and nobody else anything.
 
-    It is the first drop of the values of the prefixes, or what a localizer has found; the baseline is the value of the empty
-    path. Without an error the blame is spread evenly. After a success nobody is blamed and nothing is asked.
+    It is the first drop of the values of the prefixes, found by bisection, or what a localizer has found; the baseline is the
+    value of the empty path. Without an error the blame is spread evenly. After a success nobody is blamed and nothing asked.
     """
     if path.outcome >= path.settings.threshold:
         return Credit(rewards=(0.0,) * len(path.turns))
+    length = len(path.turns)
     if path.localized:
         [baseline] = yield [0]
-        return _blamed(path, [baseline] * (len(path.turns) + 1), gamma=0.0, known=False)
-    return _blamed(path, (yield from prefix_values(path)), gamma=0.0)
+        return _blamed(path, {0: baseline}, path.fault, gamma=0.0)
+    drops = yield from first_error_by_value(length, epsilon=path.settings.epsilon, known={length: path.outcome})
+    return _blamed(path, drops.values, fault_by_value(path.turns, drops), gamma=0.0)
 
 
 def reward_blame(path: Path) -> Estimate[Question, Credit]:
@@ -124,7 +129,10 @@ def reward_blame(path: Path) -> Estimate[Question, Credit]:
     failure, where the baseline is the value of the empty path.
     """
     if path.outcome < path.settings.threshold:
-        return _blamed(path, (yield from prefix_values(path)), gamma=path.settings.gamma)
+        known = dict(enumerate((yield from prefix_values(path))))
+        drops = yield from first_error_by_value(len(path.turns), epsilon=path.settings.epsilon, known=known)
+        fault = path.fault if path.localized else fault_by_value(path.turns, drops)
+        return _blamed(path, known, fault, gamma=path.settings.gamma)
     attribution = yield from shapley(path.players, seed=path.seed)
     values = yield from prefix_values(path)
     phi, unplaced = _placed(path, attribution)
@@ -149,14 +157,16 @@ def prefix_values(path: Path) -> Estimate[Question, list[float]]:
     return [*asked, path.outcome]
 
 
-def _blamed(path: Path, values: Sequence[float], *, gamma: float, known: bool = True) -> Credit:
-    settings = path.settings
-    seen = [values[0]] * len(values) if path.localized and path.fault is None else values
+def _blamed(path: Path, known: Mapping[int, float], fault: Fault | None, *, gamma: float) -> Credit:
+    """The blame of a failure; `known` are values of prefixes, of which without a fault only the baseline counts."""
+    length = len(path.turns)
+    values = tuple(known.get(number, known[0]) for number in range(length + 1))
     failure = failure_rewards(
-        seen, baseline=values[0], outcome=path.outcome, epsilon=settings.epsilon, beta=settings.beta, gamma=gamma,
-        first_error=path.fault,
+        values if fault else values[:1] * (length + 1), baseline=known[0], outcome=path.outcome, beta=path.settings.beta,
+        epsilon=path.settings.epsilon, gamma=gamma, first_error=fault.turn if fault else None,
     )  # fmt: skip
-    return Credit(rewards=failure.rewards, values=tuple(values) if known else (), failure=failure)
+    complete = values if len(known) == length + 1 else ()
+    return Credit(rewards=failure.rewards, values=complete, failure=failure, fault=fault)
 
 
 def _split(path: Path, attribution: Attribution) -> Credit:

@@ -51,7 +51,9 @@ Judgement: TypeAlias = Generator[Sequence[str], Sequence[str], Judged]
 """Yields batches of prompts, is sent as many replies in the same order, and returns what was found."""
 
 
-class _Style(Protocol):
+class Style(Protocol):
+    """One of the three ways to ask."""
+
     def __call__(self, path: Sequence[Turn], question: str, answer: str = "") -> Judgement: ...
 
 
@@ -117,7 +119,7 @@ def binary(path: Sequence[Turn], question: str, answer: str = "") -> Judgement:
     return Judged(fault=_fault(path, low, "binary", reply), unparseable=0, asked=asked)
 
 
-JUDGES: Mapping[JudgeStyle, _Style] = {"all_at_once": all_at_once, "step_by_step": step_by_step, "binary": binary}
+JUDGES: Mapping[JudgeStyle, Style] = {"all_at_once": all_at_once, "step_by_step": step_by_step, "binary": binary}
 
 
 def _prompt(question: str, answer: str, transcript: str, task: str) -> str:

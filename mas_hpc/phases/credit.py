@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mas_hpc.credit_assignment.credit import Credit, CreditMethod
 from mas_hpc.credit_assignment.credit import Path as CreditPath
+from mas_hpc.credit_assignment.error_localization import Fault
 from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings
 from mas_hpc.data import trace_store
 from mas_hpc.data.value_store import ValueStore
@@ -24,7 +25,7 @@ from mas_hpc.orchestration.replay import ValueFunction
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
 from mas_hpc.phases.credit_data import step_row, training_rows
 from mas_hpc.phases.credit_results import summary, write
-from mas_hpc.phases.localize import Localizer, find_faults
+from mas_hpc.phases.localize import Localizer, Located, find_faults
 from mas_hpc.phases.replays import Game, together
 from mas_hpc.phases.reward import load_reward_model
 from mas_hpc.rollout.engine import BASE_POLICY
@@ -94,13 +95,14 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
     how = how_to_play(run, sampling, derive_seed(options.seed, "credit"))
     mine = selection.traces[run.world.rank :: run.world.size]
     scores = _scores(run, mine, options)
-    faults = find_faults(run, mine, options.localizer, scores) if options.method in ("first_error", "reward_blame") else []
+    looks = options.method in ("first_error", "reward_blame")
+    located = find_faults(run, mine, options.localizer, scores) if looks else Located(faults=[None] * len(mine))
     games = [
         _game(run, trace, how, options, score, fault)
-        for trace, score, fault in zip(mine, scores or [()] * len(mine), faults or [None] * len(mine), strict=True)
+        for trace, score, fault in zip(mine, scores or [()] * len(mine), located.faults, strict=True)
     ]
     store = ValueStore(run.folder / "credit", rank=run.world.rank)
-    requests: Counter[str] = Counter(known=store.num_found)
+    requests = Counter(known=store.num_found, unparseable=located.unparseable)
     found = _play(run, games, options, store, requests)
     numbers = range(run.world.rank, len(selection.traces), run.world.size)
     lines = [json.dumps({"number": number, **entry}) for number, entry in zip(numbers, found, strict=True) if entry]
@@ -202,11 +204,11 @@ def _scores(run: Run, traces: Sequence[Trace], options: CreditOptions) -> list[t
 
 
 def _game(
-    run: Run, trace: Trace, how: Play, options: CreditOptions, scores: Sequence[Mapping[int, float]], fault: None
+    run: Run, trace: Trace, how: Play, options: CreditOptions, scores: Sequence[Mapping[int, float]], fault: Fault | None
 ) -> Game:  # fmt: skip
     path = CreditPath(
         turns=trace.path, players=tuple(run.team.agents), outcome=float(trace.reward or 0.0),
-        localized=options.localizer != "value", fault=None,
+        localized=options.localizer != "value", fault=fault,
         scores=tuple(min(steps.values(), key=lambda score: (isfinite(score), score), default=nan) for steps in scores),
         settings=options.settings, seed=options.seed,
     )  # fmt: skip
@@ -252,6 +254,7 @@ def record(game: Game, credit: Credit, rows: Mapping[str, Any]) -> dict[str, Any
         "unplaced": credit.unplaced,
         "values": list(credit.values),
         "failure": asdict(credit.failure) if credit.failure else None,
+        "fault": asdict(credit.fault) if credit.fault else None,
         "steps": step_row(game, credit),
         **rows,
     }

@@ -21,7 +21,7 @@ from mas_hpc.types import Trace
 if TYPE_CHECKING:
     from mas_hpc.phases.credit import CreditOptions, Selection
 
-ROWS = ("pairs", "positives", "steps")
+ROWS = ("pairs", "positives", "steps", "faults")
 TITLES = {
     "removal": "re-run without them",
     "replacement": "replaced by the base policy",
@@ -36,11 +36,7 @@ def summary(options: CreditOptions, selection: Selection, records: Records, requ
     found = [records[number] for number in sorted(records)]
     agents = list(dict.fromkeys(agent for entry in found for agent in (*entry["phi"], *entry["agents"])))
     failures = [entry["failure"] for entry in found if entry["failure"]]
-    blamed = [
-        entry["agents"][entry["failure"]["first_error"]]
-        for entry in found
-        if entry["failure"] and entry["failure"]["first_error"] is not None
-    ]
+    blamed = [entry["fault"]["agent"] for entry in found if entry["fault"]]
     return {
         "method": options.method,
         "value": options.value if any(entry["phi"] for entry in found) else "",
@@ -54,7 +50,11 @@ def summary(options: CreditOptions, selection: Selection, records: Records, requ
         "accuracy": math.fsum(entry["outcome"] for entry in found) / max(1, len(found)),
         "requests": {name: requests.get(name, 0) for name in ("asked", "sampled", "known")},
         "agents": {agent: _agent(agent, found, blamed) for agent in agents},
-        "failures": {"looked_at": len(failures), "without_a_first_error": sum(f["first_error"] is None for f in failures)},
+        "failures": {
+            "looked_at": len(failures),
+            "without_a_first_error": len(failures) - len(blamed),
+            "unparseable_replies": requests.get("unparseable", 0),
+        },
         "unplaced": _mean([(entry["task"], entry["unplaced"]) for entry in found if entry["phi"]]),
         "rows": {name: len(_rows(found, name)) for name in (*ROWS, "unvalued")},
     }  # fmt: skip
@@ -84,11 +84,13 @@ def _mean(values: Iterable[tuple[str, float]]) -> dict[str, float | int | None]:
 def _rows(found: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
     if name == "steps":
         return [entry["steps"] for entry in found if entry["steps"]]
+    if name == "faults":
+        return [{"task": entry["task"], **entry["fault"]} for entry in found if entry["fault"]]
     return [row for entry in found for row in entry.get(name, ())]
 
 
 def write(run: Run, options: CreditOptions, selection: Selection, records: Records, results: Mapping[str, Any]) -> None:
-    """credit/<name>.json, credit/pairs.jsonl, positives.jsonl and steps.jsonl, and the traces with their credit."""
+    """credit/<name>.json, the rows (pairs, positives, steps, faults), and the traces with their credit."""
     folder = run.folder / "credit"
     folder.mkdir(exist_ok=True)
     (folder / f"{options.name}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -128,7 +130,7 @@ def print_credit(console: Console, results: Mapping[str, Any], folder: Path) -> 
     console.print(_sentence(results), highlight=False, soft_wrap=True)
     rows = {name: number for name, number in results["rows"].items() if number and name in ROWS}
     for name, number in rows.items():
-        console.print(f"{number} {name} for training: {folder / 'credit' / name}.jsonl", highlight=False, soft_wrap=True)
+        console.print(f"{number} {name}: {folder / 'credit' / name}.jsonl", highlight=False, soft_wrap=True)
     if results["rows"]["unvalued"]:
         console.print(f"{results['rows']['unvalued']} alternatives could not be valued and make no pair", style="yellow")
 
@@ -156,4 +158,6 @@ def _sentence(results: Mapping[str, Any]) -> str:
     if results["failures"]["looked_at"]:
         without, looked = results["failures"]["without_a_first_error"], results["failures"]["looked_at"]
         parts.append(f"{without} of {looked} failures show no first error: their blame is spread evenly.")
+    if unparseable := results["failures"]["unparseable_replies"]:
+        parts.append(f"{unparseable} replies of the judge could not be read: they name nobody.")
     return " ".join(parts)
