@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mas_hpc.config import ReasoningGymConfig
 from mas_hpc.data.compact_puzzles import PUZZLES, library_text, with_compact
@@ -65,6 +67,21 @@ def test_a_grid_of_one_row_and_a_goal_that_cannot_be_reached():
 )
 def test_maps_that_are_not_the_way_are_never_read_as_it(answer):
     assert library_text(path("*X#", "OOO", answer="down right right up"), answer) != "down right right up"
+
+
+@given(st.text(alphabet=".2468", min_size=6, max_size=6))
+def test_what_is_read_of_a_map_is_all_its_moves_and_every_map_can_be_marked(cells):
+    task, answer = path("*X#", "OOO", answer="down right right up"), f"*{cells[:3]}/{cells[3:]}"
+    text = library_text(task, answer)
+    moves = [] if text == "infeasible" else text.split()
+    assert text == answer or len(moves) == 6 - cells.count(".")
+    assert len(PUZZLES["shortest_path"].marks(task, answer)) == len(answer)
+
+
+@given(st.text(alphabet=ALPHABET, max_size=24))
+def test_text_without_the_grids_form_stays_as_it_is(text):
+    for task in (sudoku(), path("*X#", "OOO", answer="down right right up")):
+        assert library_text(task, text) == text or len(text) == len(task.compact)
 
 
 def test_marks_of_a_sudoku_show_changed_givens_and_repeated_digits():
