@@ -111,7 +111,10 @@ def _until_absent(path: Sequence[Turn], present: frozenset[str]) -> list[Turn]:
 
 
 def continued(task: Task, how: Play, kept: Sequence[Turn], *, origin: str) -> Steps[tuple[Turn, ...]]:
-    """Play one path. A turn in `kept` stands for what its agent would write wherever it reads the same prompt."""
+    """Play one path. A turn in `kept` stands for what its agent would write wherever it reads the same prompt.
+
+    It continues the turn that its round continues here, or the round would fall apart into kept and fresh turns.
+    """
     waiting: dict[tuple[str, tuple[int, ...]], list[Turn]] = defaultdict(list)
     for turn in kept:
         waiting[turn.agent, turn.prompt_ids].append(turn)
@@ -122,7 +125,7 @@ def continued(task: Task, how: Play, kept: Sequence[Turn], *, origin: str) -> St
         for place, name in enumerate(speakers, len(path)):
             [draft], [request] = ask(task, how, how.team.agents[name], path, origin, place, number=spoken[name])
             recorded = waiting[name, draft.prompt_ids]
-            entries.append((draft, request, recorded.pop(0) if recorded else None))
+            entries.append((draft, request, replace(recorded.pop(0), parent=draft.parent) if recorded else None))
             spoken[name] += 1
         requests = [request for _, request, recorded in entries if recorded is None]
         completions = iter((yield requests) if requests else ())
