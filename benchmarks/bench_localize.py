@@ -38,13 +38,15 @@ NOTES = {
 class Solution:
     """One labelled solution.
 
-    Example: Solution(question="2 + 3 =", steps=("2 + 3 = 6",), label=0)
+    Example: Solution(question="2 + 3 =", steps=("2 + 3 = 6",), label=0, answers_right=False)
     """
 
     question: str
     steps: tuple[str, ...]
     label: int
     """Index of the first wrong step; -1 if there is none."""
+    answers_right: bool
+    """Whether its final answer is right."""
 
 
 Localizer = Callable[[Solution], int]
@@ -87,6 +89,7 @@ def mistakes(folder: Path, task: str) -> list[Solution]:
             question=row["input"],
             steps=tuple(row["steps"]),
             label=-1 if row["mistake_index"] is None else row["mistake_index"],
+            answers_right=row["answer"] == row["target"],
         )
         for row in rows
     ]
@@ -95,7 +98,15 @@ def mistakes(folder: Path, task: str) -> list[Solution]:
 def process_bench(folder: Path) -> list[Solution]:
     """The GSM8K part of ProcessBench (Zheng et al. 2024, arXiv 2412.06559)."""
     rows = json.loads(read(folder / "processbench" / "gsm8k.json"))
-    return [Solution(question=row["problem"], steps=tuple(row["steps"]), label=row["label"]) for row in rows]
+    return [
+        Solution(
+            question=row["problem"],
+            steps=tuple(row["steps"]),
+            label=row["label"],
+            answers_right=row["final_answer_correct"],
+        )
+        for row in rows
+    ]
 
 
 def read(file: Path) -> str:
@@ -135,11 +146,14 @@ def score(case: str, solutions: Sequence[Solution], localizer: Localizer) -> tup
             ratio=1 + measures["f1"] - constant_f1, target=1.0,
         ),
     ]  # fmt: skip
+    flagged = [one for one, guess in zip(solutions, predicted, strict=True) if one.label == -1 and guess != -1]
+    wrong = sum(not one.answers_right for one in flagged)
     test = paired_test(theirs, ours)
     note = (
         f"accuracy {interval(ours)}, {peer} {interval(theirs)}, difference {test.difference:+.3f} "
         f"[{test.low:+.3f}, {test.high:+.3f}], exact McNemar p {test.p_value:.2g}; on wrong solutions "
-        f"{measures['accuracy_error']:.3f}, on right ones {measures['accuracy_correct']:.3f}"
+        f"{measures['accuracy_error']:.3f}, on right ones {measures['accuracy_correct']:.3f}; "
+        f"{len(flagged)} flagged that are labelled right, {wrong} of these with a wrong final answer"
     )
     return rows, note
 

@@ -296,7 +296,7 @@ class _Reader:
         kind, self.fraction = self.fraction or "(", ""
         closing = self.closings.get(index, index)
         attached = index > 0 and self.tokens[index - 1].kind in ("number", "close")
-        if self._is_applied(index):
+        if index and self.tokens[index - 1].kind == "word":  # f(2)
             self._unreadable()
         if kind == "(" and closing > index and self.content_before[closing] == self.content_before[index]:
             self._comment(attached=attached)
@@ -310,12 +310,6 @@ class _Reader:
         if kind == "(":
             self._add("(", token, operand=False)
         return None
-
-    def _is_applied(self, index: int) -> bool:
-        """The parenthesis of f(2) or f \\left(2\\right)."""
-        before = next((token for token in self.tokens[max(index - 3, 0) : index][::-1] if token.kind != "skip"), None)
-        attached = index > 0 and before is self.tokens[index - 1]
-        return before is not None and before.kind == "word" and (attached or (len(before.text) == 1 and before.text != "a"))
 
     def _comment(self, *, attached: bool) -> None:
         """A parenthesis without numbers: after an operand it is passed over, "4 pounds (French)", but not "4(pounds)"."""
@@ -362,7 +356,7 @@ class _Reader:
         self.sides.append(
             Side(
                 pieces=tuple(self.pieces), numbers=tuple(self.numbers), units=frozenset(self.units),
-                labelled=self.labelled and not self.sides, start=self.start, end=self.end,
+                labelled=self.labelled, start=self.start, end=self.end,
             ) if readable else None
         )  # fmt: skip
         self.pieces, self.numbers, self.units, self.stack = [], [], set(), []

@@ -171,13 +171,16 @@ def fault_by_scores(path: Sequence[Turn], scores: Sequence[Sequence[float]], thr
 
 
 def fault_by_arithmetic(path: Sequence[Turn], question: str = "") -> Fault | None:
-    """The first step of the path that states something false (`arithmetic.first_wrong_step`, steps as in `split_steps`)."""
-    places = [(turn, step, text) for turn, one in enumerate(path) for step, text in enumerate(split_steps(one.text))]
-    found = first_wrong_step([text for _, _, text in places], question)
-    if found is None:
-        return None
-    turn, step, _ = places[found[0]]
-    return Fault(agent=path[turn].agent, turn=turn, step=step, method="arithmetic", evidence=found[1])
+    """The first step of the path that states something false (`arithmetic.first_wrong_step`, steps as in `split_steps`).
+
+    Turns are read one by one, so that letters that another agent defines anew are no contradiction.
+    """
+    for turn, message in enumerate(path):
+        found = first_wrong_step(split_steps(message.text), question)
+        if found is not None:
+            step, evidence = found
+            return Fault(agent=message.agent, turn=turn, step=step, method="arithmetic", evidence=evidence)
+    return None
 
 
 def repairs(

@@ -102,6 +102,8 @@ def test_a_statement_says_where_it_is_and_what_both_sides_are() -> None:
         "9 - 3 (from snack) - 2 (for lunch) = 4",
         "20-pound bags: 2 * 20-pound = 40 pounds",
         "so (2 + 3 = 5) apples",
+        "1/2 cups of 3 + 4 = 7",
+        "1. 60 = 3 * 20",
         "- 2 + 3 = 5",
         "**2 + 3 = 5**",
         "1. 2 + 3 = 5",
@@ -155,7 +157,17 @@ def test_wrong_statements_are_found_in_every_notation(text: str) -> None:
         "at 7:50 + 30 = 8:20",
         "13,2000 / 60 = 220",
         "12 eggs = 1 dozen",
-        "5 days a week = 5 * 4",
+        "5 days a week = 4 * 5",
+        "2 * 3 dozen = 72",
+        "total - 5 + 2 = 10",
+        "gcd(8) + 1 = 5",
+        "a(2)^4 = 5040",
+        "5(total) * 2 = 7",
+        "5 * (total) + 3 = 8",
+        "72 + 1 = 3(m - 1)",
+        "\\frac x2 - 6 = 10",
+        "2 + 3 = (4 + 2",
+        "2 * + 3 = 5",
         "Week 1 + Week 2 = 35 + 35",
         "2 * 30 minutes = 1 hour",
         "4 * 25 cents = $1",
@@ -218,6 +230,7 @@ def test_a_rewriting_that_changes_the_value_of_the_question_is_found() -> None:
     step = 'This can be written as "A - B", where A = (2 * 3) and B = (4 - 1).'
     assert first_wrong_step([step], "((2 * 3) - (4 - 1)) =") is None
     assert first_wrong_step([step], "((2 * 3) + (4 - 1)) =") == (0, "the rewritten expression is 3, the question's is 9")
+    assert first_wrong_step([step, '"B - A" or "A * B"'], "((2 * 3) - (4 - 1)) =") is None  # which one is meant?
     assert first_wrong_step([step], "What is 2 * 3 + 3?") is None  # prose around: not an expression
 
 

@@ -148,6 +148,13 @@ def test_a_path_without_an_error_has_no_fault() -> None:
     assert fault_by_value(path, localize([0.5, 0.5, 0.5])[0]) is None
 
 
+def test_a_letter_that_another_agent_defines_anew_is_no_contradiction() -> None:
+    path = [message("solver", "A = 2 + 3 = 5"), message("critic", "A = 2 * 3 = 6")]
+    assert fault_by_arithmetic(path) is None
+    again = [message("solver", path[0].text + "\n" + path[1].text)]
+    assert fault_by_arithmetic(again) is not None
+
+
 def test_evidence_says_when_values_rose_again() -> None:
     path = [message("solver", ""), message("critic", ""), message("reviser", "")]
     fault = fault_by_value(path, localize([1.0, 0.0, 1.0, 0.0])[0])
@@ -159,7 +166,7 @@ def test_steps_of_a_turn_are_its_lines_that_are_not_blank() -> None:
 
 
 def test_a_later_turn_that_computes_the_wrong_expression_rightly_is_a_repair() -> None:
-    texts = ["12 * 3 = 35", "so 35", "No: 12 x 3 = 36", "12 * 3 = 35, I insist, not 12 * 3 = 36", "4 + 4 = 8"]
+    texts = ["4 + 4 = 8, and 12 * 3 = 35", "so 35", "No: 12 x 3 = 36", "12 * 3 = 35, I insist, not 12 * 3 = 36", "4 + 4 = 8"]
     path = [message("solver", text) for text in texts]
     assert repairs(path, 0, epsilon=EPSILON) == (2,)
 

@@ -89,8 +89,10 @@ def test_step_by_step_stops_at_the_first_yes_and_shows_nothing_after_the_step() 
 
 
 def test_step_by_step_counts_what_it_could_not_read_and_finds_nothing_in_it() -> None:
-    result, _ = judged(step_by_step(PATH, "q"), ["Verdict: no", "Verdict: yes and no", "", "Verdict: no", "Verdict: no"])
-    assert result == Judged(fault=None, unparseable=2, asked=5)
+    result, _ = judged(
+        step_by_step(PATH, "q"), ["Verdict: yes\nVerdict: no", "Verdict: yes and no", "", "Verdict: no", "Verdict: no"]
+    )
+    assert result == Judged(fault=None, unparseable=3, asked=5)
 
 
 @pytest.mark.parametrize("culprit", range(5))
