@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
 from mas_hpc.data import lines
 from mas_hpc.errors import DataError
 from mas_hpc.types import Turn
@@ -15,6 +17,7 @@ from mas_hpc.types import Turn
 Question = frozenset[str] | int
 Key = tuple[Question, int]
 """(coalition or number of kept messages, number of the replay)"""
+_LINE = TypeAdapter(tuple[str, Question, int, FiniteFloat])
 
 
 class ValueStore:
@@ -29,9 +32,9 @@ class ValueStore:
         self._file = folder / f"values.rank{rank}.jsonl"
         self._known: dict[str, dict[Key, float]] = {}
         self._fresh: list[str] = []
-        self.num_found = 0
         for file in sorted(folder.glob("values.rank*.jsonl")):
             self._read(file)
+        self.num_found = sum(map(len, self._known.values()))
 
     def of(self, subject: str) -> MutableMapping[Key, float]:
         """The outcomes of one subject."""
@@ -49,18 +52,16 @@ class ValueStore:
             self._fresh.append(json.dumps([subject, *_to_json(key), outcome]))
 
     def _read(self, file: Path) -> None:
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+            if not line.endswith(b"\n") and not lines.is_json(line):
+                continue  # torn by a kill; append() mends it
             try:
-                subject, question, replay, outcome = json.loads(line)
-            except ValueError:
-                if not lines.is_json(line):  # a torn last line; append() mends it
-                    continue
+                subject, question, replay, outcome = _LINE.validate_json(line, strict=True)
+            except ValidationError:
                 raise DataError(
-                    f"{file}:{number}: expected [subject, question, replay, outcome]; remove the line, or the file"
+                    f"{file}:{number}: {line[:50]!r}; expected [subject, question, replay, outcome]; remove it, or the file"
                 ) from None
-            key = (frozenset(question) if isinstance(question, list) else question, replay)
-            self._known.setdefault(subject, {})[key] = outcome
-            self.num_found += 1
+            self._known.setdefault(subject, {})[question, replay] = outcome
 
 
 class _Outcomes(MutableMapping[Key, float]):
