@@ -160,7 +160,7 @@ def fault_by_value(path: Sequence[Turn], drops: Drops) -> Fault | None:
 
 
 def fault_by_scores(path: Sequence[Turn], scores: Sequence[Sequence[float]], threshold: float = 0.5) -> Fault | None:
-    """The first step of the path that a process reward model scores below the threshold; scores as in the function of it."""
+    """The first step of the path that a process reward model scores below the threshold (`first_error_by_scores`)."""
     assert len(scores) == len(path), f"scores of {len(scores)} messages for a path of {len(path)}"
     found = first_error_by_scores(scores, threshold)
     if found is None:

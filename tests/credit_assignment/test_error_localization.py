@@ -151,6 +151,10 @@ def test_a_path_without_an_error_has_no_fault() -> None:
 def test_a_letter_that_another_agent_defines_anew_is_no_contradiction() -> None:
     path = [message("solver", "A = 2 + 3 = 5"), message("critic", "A = 2 * 3 = 6")]
     assert fault_by_arithmetic(path) is None
+    late = [*path, message("reviser", "Hm.\nA = 2 * 3 = 7")]
+    assert fault_by_arithmetic(late) == Fault(
+        agent="reviser", turn=2, step=1, method="arithmetic", evidence="2 * 3 = 7: the left side is 6, not 7"
+    )
     again = [message("solver", path[0].text + "\n" + path[1].text)]
     assert fault_by_arithmetic(again) is not None
 
