@@ -17,9 +17,12 @@ def build_team(settings: TeamConfig, config: RunConfig, tokenizer: Any) -> Team:
     """Every agent that speaks, its role and policy; a chat template if the tokenizer has one."""
     template: Template = ChatTemplate(tokenizer) if tokenizer.chat_template else CompactTemplate(tokenizer)
     own = {
-        role.name: Role(name=role.name, produces=role.produces, letter=LETTERS[role.produces], prompt=role.prompt)
+        role.name: Role(
+            name=role.name, produces=role.produces, letter=LETTERS[role.produces], prompt=role.prompt,
+            sees=ROLES[role.name].sees if role.name in ROLES else "transcript",
+        )
         for role in settings.roles
-    }
+    }  # fmt: skip
     roles = ROLES | own
     per_agent = config.adapters.policies == "per_agent"
     agents = {
