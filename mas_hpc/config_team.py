@@ -85,13 +85,17 @@ class TeamConfig(Section):
         """Most turns of an episode."""
         if self.topology in ("pipeline", "best_of_n"):
             return len(self.agents) + self.looped * (self.rounds - 1)
-        closing = self.topology == "mixture" or self.closes_with_judge
-        return (len(self.speaking) - closing) * self.rounds + closing
+        return (len(self.speaking) - self.has_closing) * self.rounds + self.has_closing
 
     @property
     def closes_with_judge(self) -> bool:
         """Whether a debate's last agent decides instead of the majority."""
         return self.topology == "debate" and self.agents[-1].role == "judge"
+
+    @property
+    def has_closing(self) -> bool:
+        """Whether the last agent speaks once, after the rounds of the others."""
+        return self.topology == "mixture" or self.closes_with_judge
 
     def produces(self, agent: AgentConfig) -> Produces:
         """What the agent's role gives."""
@@ -123,15 +127,15 @@ class TeamConfig(Section):
         roles = [agent.role for agent in self.agents]
         if self.topology == "best_of_n" and [self.produces(agent) for agent in self.agents] != ["answer", "verdict"]:
             raise ValueError(f"topology=best_of_n: roles {roles}; expected two agents, one that answers and one that judges")
-        if self.topology in ("mixture", "debate") and len(self.agents) <= (
-            self.topology == "mixture" or self.closes_with_judge
-        ):
-            raise ValueError(f"topology={self.topology}: roles {roles}; expected an agent that answers beside the last one")
+        if not any(self.produces(agent) == "answer" for agent in self.speaking[: len(self.speaking) - self.has_closing]):
+            beside = " beside the last one" if self.has_closing else ""
+            raise ValueError(f"topology={self.topology}: roles {roles}; expected an agent whose role gives an answer{beside}")
         if self.loop_from and (self.topology != "pipeline" or self.loop_from not in [agent.name for agent in self.agents]):
             raise ValueError(f"loop_from={self.loop_from!r}: expected the name of an agent of a pipeline")
         if self.topology == "pipeline" and self.looped and self.rounds > 1 and self.produces(self.agents[-1]) != "verdict":
             raise ValueError(
-                f"loop_from={self.loop_from!r}: the last agent sends back by its verdict; its role is {roles[-1]!r}"
+                f"loop_from={self.loop_from!r}: the last agent sends back by its verdict, and its role {roles[-1]!r} gives none; end "
+                "with a role that produces verdicts, or set rounds to 1"
             )
         if self.rounds > 1 and (self.topology == "single" or (self.topology == "pipeline" and not self.looped)):
             raise ValueError(

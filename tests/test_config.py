@@ -134,3 +134,67 @@ def test_another_kind_starts_its_section_anew(tmp_path: Path) -> None:
 def test_a_kind_clears_its_section_before_the_other_overrides_whatever_their_order(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "data: {kind: ring, num_digits: 5}"), ["data.num_train=9", "data.kind=addition"])
     assert (config.data.kind, config.data.num_train) == ("addition", 9)
+
+
+@pytest.mark.parametrize(
+    ("section", "problem", "remedy"),
+    [
+        ("agents: []", "team.agents: names []", "at least one agent"),
+        ("agents: [{name: a}, {name: a}]", "team.agents: names ['a', 'a']", "unique names"),
+        ("agents: [{name: ''}]", "team.agents: names ['']", "unique names"),
+        ("agents: [{name: base}]", "team.agents: 'base'", "choose another name"),
+        ("agents: [{name: a, policy: base}]", "team.agents: 'base'", "choose another name"),
+        ("models: {base: m}", "team.agents: 'base'", "choose another name"),
+        ("roles: [{name: r, produces: answer, prompt: p}, {name: r, produces: text, prompt: q}]",
+         "team.roles: names ['r', 'r']", "unique names"),
+        ("roles: [{name: r, produces: words, prompt: p}]", "team.roles.0.produces='words'", "'answer', 'verdict' or 'text'"),
+        ("roles: [{name: r, produces: text}]", "team.roles.0.prompt: required", "add team.roles.0.prompt=..."),
+        ("agents: [{name: a, role: critik}]", "team.agents: a has role 'critik'", "did you mean critic?"),
+        ("agents: [{name: a, role: zzzz}]", "team.agents: a has role 'zzzz'", "expected one of ['aggregator', 'critic', "),
+        ("agents: [{name: a, role: zzzz}]", "team.agents: a has role 'zzzz'", "or add it to team.roles"),
+        ("models: {judge: m}", "team.models: no agent has policy ['judge']", "set policy of an agent, or leave them out"),
+        ("agents: [{name: a, role: critic}]", "team.topology=pipeline: roles ['critic']", "an agent whose role gives an answer"),
+        ("topology: single, agents: [{name: a, role: critic}, {name: b}]", "team.topology=single: roles ['critic', 'solver']",
+         "whose role gives an answer"),
+        ("topology: best_of_n", "team.topology=best_of_n: roles ['solver', 'critic', 'reviser', 'verifier']",
+         "expected two agents, one that answers and one that judges"),
+        ("topology: best_of_n, agents: [{name: a, role: critic}, {name: b}]", "team.topology=best_of_n: roles ['critic'",
+         "one that answers and one that judges"),
+        ("topology: debate, agents: [{name: j, role: judge}]", "team.topology=debate: roles ['judge']",
+         "expected an agent whose role gives an answer beside the last one"),
+        ("topology: debate, agents: [{name: c, role: critic}, {name: j, role: judge}]",
+         "team.topology=debate: roles ['critic', 'judge']", "expected an agent whose role gives an answer beside the last one"),
+        ("topology: mixture, agents: [{name: a, role: aggregator}]", "team.topology=mixture: roles ['aggregator']",
+         "expected an agent whose role gives an answer beside the last one"),
+        ("loop_from: nobody", "team.loop_from='nobody'", "expected the name of an agent of a pipeline"),
+        ("topology: debate, loop_from: solver", "team.loop_from='solver'", "expected the name of an agent of a pipeline"),
+        ("rounds: 2, loop_from: solver, agents: [{name: critic, role: critic}, {name: solver}]",
+         "team.loop_from='solver': the last agent sends back by its verdict, and its role 'solver' gives none",
+         "end with a role that produces verdicts, or set rounds to 1"),
+        ("rounds: 2, topology: single", "team.rounds=2", "only a pipeline that ends in a reviser and a verifier"),
+        ("rounds: 2, agents: [{name: a}, {name: c, role: critic}]", "team.rounds=2", "the last roles are ['solver', 'critic']"),
+        ("stop_when_accepted: true, topology: debate", "team.stop_when_accepted=true", "not debate; set it to false"),
+        ("agents: [{name: a, policy: own}]", "team.agents: policies ['own']", "set adapters.policies=per_agent, or name them"),
+        ("topology: debat", "team.topology='debat'", "'debate'"),
+        ("rounds: 0", "team.rounds=0", "greater than"),
+    ],
+)  # fmt: skip
+def test_a_team_that_cannot_play_names_the_key_the_value_and_the_remedy(
+    tmp_path: Path, section: str, problem: str, remedy: str
+) -> None:
+    found = message(tmp_path, f"team: {{{section}}}")
+    assert found.startswith(problem) and remedy in found and "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "agents: [{name: a, policy: own}], models: {own: path/to/it}",
+        "rounds: 3, topology: self_consistency",
+        "topology: debate, rounds: 2, agents: [{name: a}, {name: b}, {name: j, role: judge}]",
+        "roles: [{name: plan, produces: text, prompt: Plan.}], agents: [{name: p, role: plan}, {name: s}]",
+        "rounds: 2, loop_from: s, agents: [{name: s}, {name: c, role: critic}]",
+    ],
+)
+def test_a_team_that_can_play_is_taken(tmp_path: Path, section: str) -> None:
+    assert load_config(write(tmp_path, f"team: {{{section}}}")).team.agents
