@@ -134,8 +134,8 @@ class TeamConfig(Section):
             raise ValueError(f"loop_from={self.loop_from!r}: expected the name of an agent of a pipeline")
         if self.topology == "pipeline" and self.looped and self.rounds > 1 and self.produces(self.agents[-1]) != "verdict":
             raise ValueError(
-                f"loop_from={self.loop_from!r}: the last agent sends back by its verdict, and its role {roles[-1]!r} gives none; end "
-                "with a role that produces verdicts, or set rounds to 1"
+                f"loop_from={self.loop_from!r}: the last agent sends back by verdict, but its role {roles[-1]!r} gives none; "
+                "end with a role that does, or set rounds to 1"
             )
         if self.rounds > 1 and (self.topology == "single" or (self.topology == "pipeline" and not self.looped)):
             raise ValueError(
