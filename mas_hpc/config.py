@@ -204,7 +204,9 @@ class EvaluationConfig(Section):
     temperatures: tuple[Annotated[float, Field(ge=0.0)], ...] = (0.0, 1.0)
     """Each gives its own rows; 0 is greedy."""
     controls: bool = True
-    """Also run majority vote and best-of-n judged by the team's own critic, at the team's tokens."""
+    """Also run majority vote, a single agent over several turns and best-of-n by the team's critic, at the team's tokens."""
+    samples: Count = 1
+    """Episodes a question where T > 0, for avg@k, pass@k and maj@k; 0: as many as bring the sampling noise below 1.5 points."""
     seed: int = 10_007
     """Sampling seed, the same before and after training so that the comparison is paired."""
 

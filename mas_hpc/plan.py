@@ -90,6 +90,12 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
             f"{row['tokens_per_question']:.1f}", style="bold" if row["phase"] == "after" else "",
         )  # fmt: skip
     console.print(table)
+    for row in (row for row in results["rows"] if row["repeated"]):
+        found = dict(row["repeated"])
+        k, error = f"{found.pop('k'):g}", found.pop("standard_error")
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+        noise = f" (standard error {100 * error:.1f} points)" if error is not None else ""
+        console.print(f"{row['name']}, T={row['temperature']:g}, {k} episodes a question: {shares}{noise}", highlight=False)
     if any(row["verdicts"] for row in results["rows"]):
         console.print(_verdict_table(results))
     for sentence in sentences(Results.model_validate(results)):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -12,8 +13,11 @@ from mas_hpc.answers import majority
 from mas_hpc.evaluation.graders import grade
 from mas_hpc.evaluation.metrics import (
     VerdictBalance,
+    avg_at_k,
     balanced_verdicts,
+    maj_at_k,
     paired_test,
+    pass_at_k,
     tokens_per_question,
     wilson,
 )
@@ -36,6 +40,10 @@ class Row:
     tokens_per_question: float
     verdicts: dict[str, VerdictBalance]
     """Balance of each judging agent on planted answers, every other one wrong; empty for controls."""
+    repeated: dict[str, float | None] = field(default_factory=dict)
+    """avg@k with its standard error, pass@k and maj@k of several episodes a question; empty for one."""
+    team: dict[str, Any] = field(default_factory=dict)
+    """What its traces say of the agents (team_metrics.summary); empty for controls."""
 
     @property
     def accuracy(self) -> float:
@@ -59,6 +67,31 @@ def team_row(traces: Sequence[Trace], *, phase: str, temperature: float, verdict
         tokens_per_question=tokens_per_question(traces),
         verdicts=verdicts,
     )
+
+
+def repeated(traces: Sequence[Sequence[Trace]]) -> dict[str, float | None]:
+    """avg@k with its standard error, pass@k of every power of two and maj@k, of k episodes of each question."""
+    k = len(traces[0])
+    average = avg_at_k([[trace.reward == 1.0 for trace in tries] for tries in traces])
+    powers = [2**power for power in range(1, k.bit_length()) if 2**power <= k]
+    counts = [sum(trace.reward == 1.0 for trace in tries) for tries in traces]
+    votes = [maj_at_k([trace.answer for trace in tries], partial(grade, tries[0].task), k) for tries in traces]
+    return {
+        "k": float(k),
+        f"avg@{k}": average.mean,
+        "standard_error": average.standard_error,
+        **{f"pass@{power}": fmean(pass_at_k(k, count, power) for count in counts) for power in powers},
+        f"maj@{k}": fmean(votes),
+    }
+
+
+def multi_turn_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:
+    """One agent that answers again and again, reading its own answers: its last answer counts."""
+    return Row(
+        name=_control(f"{traces[0].path[0].agent} over {max(len(trace.path) for trace in traces)} turns", phase),
+        phase="control", temperature=temperature, right=tuple(trace.reward == 1.0 for trace in traces),
+        tokens_per_question=tokens_per_question(traces), verdicts={},
+    )  # fmt: skip
 
 
 def first_speaker_row(traces: Sequence[Trace], *, phase: str, temperature: float) -> Row:

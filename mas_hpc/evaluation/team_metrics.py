@@ -349,14 +349,17 @@ def print_team(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def _agent_table(summary: Mapping[str, Any]) -> Table:
-    table = _numbers("agents", "agent", "turns", "failed", "cut", "readable", "balanced", "credit", "+-", "uncredited")
+    credited = any(credit["mean"] is not None for credit in summary["credit_by_role"].values())
+    columns = ("turns", "failed", "cut", "readable", "balanced", *(("credit", "+-", "uncredited") if credited else ()))
+    table = _numbers("agents", "agent", *columns)
     for agent, finish in summary["finish_reasons"].items():
         parsed, judged = summary["parse_rate"].get(agent), summary["live_verdicts"].get(agent)
         credit = summary["credit_by_role"][agent]
+        earned = (_number(credit["mean"], "+.3f"), _number(credit["standard_error"], ".3f"), str(credit["missing"]))
         table.add_row(
             agent, str(sum(finish.values())), str(finish["error"]), str(finish["length"]),
             _number(parsed and parsed["rate"]), _number(judged and judged["balance"]["balanced_accuracy"]),
-            _number(credit["mean"], "+.3f"), _number(credit["standard_error"], ".3f"), str(credit["missing"]),
+            *(earned if credited else ()),
         )  # fmt: skip
     return table
 
@@ -379,7 +382,8 @@ def _flip_table(flips: Mapping[str, Mapping[str, int]]) -> Table:
 
 
 def _numbers(title: str, first: str, *columns: str) -> Table:
-    table = Table(first, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, min_width=12, overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

@@ -46,7 +46,8 @@ def demonstrate(task: Task, team: Team, demonstrator: Demonstrator, seed: int) -
     while speakers := team.topology.next_speakers(path):
         state = tuple(path)
         for name in speakers:
-            draft = demonstrator(task, team.agents[name], state, rng)
+            writes = team.agents[name].role.produces != "text"  # nobody can say what a free text should be
+            draft = demonstrator(task, team.agents[name], state, rng) if writes else Draft(text="", trained=False)
             turn = write_turn(task, team, name, state, draft.text)
             path.append(turn)
             if draft.trained:

@@ -38,6 +38,10 @@ class RingDemonstrator:
             return Draft(text=self._verdict(sums, [int(digit) for digit in previous[-1].answer or ""]))
         if previous and path[-1].verdict is True:
             return Draft(text=previous[-1].answer or "")
+        if previous and path[-1].verdict is None:  # nobody judges: a debater or aggregator checks what it reads
+            right = [turn.answer for turn in previous if self._verdict(sums, [int(d) for d in turn.answer or ""]).endswith("+")]
+            if right:
+                return Draft(text=right[-1] or "")
         first = (int((previous[-1].answer or "0")[0]) + 1) % self.modulus if previous else rng.randrange(self.modulus)
         digits = self._complete(sums, first, slips=rng.random() < self.slip_rate)
         if rng.random() >= self.wrong_rate:

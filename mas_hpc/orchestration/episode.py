@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Protocol, TypeAlias, TypeVar
 
 from mas_hpc.agents.agent import Agent
+from mas_hpc.agents.role import Produces
 from mas_hpc.agents.template import Template
 from mas_hpc.orchestration.sampling import Sampling, choose, derive_seed
 from mas_hpc.orchestration.topology import Topology
@@ -32,6 +33,11 @@ class Team:
     def answer(self, path: Sequence[Turn]) -> str | None:
         """The team's answer, as the topology takes it from the turns whose role gives one; None when it is unreadable."""
         return self.topology.answer([turn for turn in path if self.agents[turn.agent].role.produces == "answer"])
+
+    @property
+    def roles(self) -> dict[str, Produces]:
+        """What each agent's role gives."""
+        return {name: agent.role.produces for name, agent in self.agents.items()}
 
     def prompt(self, task: Task, agent: Agent, path: Sequence[Turn]) -> tuple[tuple[int, ...], tuple[Span, ...]]:
         """What `agent` reads in this state, as token ids and as spans of who wrote them."""

@@ -146,7 +146,8 @@ def _sentence(results: Mapping[str, Any]) -> str:
     traces, requests = dict(results["traces"]), results["requests"]
     file, credited, missing = traces.pop("file"), traces.pop("credited"), traces.pop("missing")
     rest = "".join(f", {number} {reason}" for reason, number in traces.items())
-    parts = [f"{file}: {credited} traces credited, {missing} with a value missing because every replay of it failed{rest}."]
+    lost = f", {missing} with a value missing because every replay of it failed" if missing else ""
+    parts = [f"{file}: {credited} traces credited{lost}{rest}."]
     if requests.get("asked"):
         sampled = f"{requests['sampled']} completions sampled for {requests['asked']} asked"
         parts.append(f"{sampled}; {requests['known']} outcomes known before.")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 from mas_hpc.config import SFTConfig
 from mas_hpc.evaluation import benchmark
-from mas_hpc.evaluation.metrics import VerdictBalance
+from mas_hpc.evaluation.metrics import VerdictBalance, noise_k
+from mas_hpc.evaluation.team_metrics import print_team, summary
 from mas_hpc.orchestration.demonstrate import plant
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
-from mas_hpc.orchestration.topology import Judged, Pipeline, Single
+from mas_hpc.orchestration.topology import Debate, Judged, Pipeline, Single
 from mas_hpc.phases.examples import build_demonstrator
 from mas_hpc.run import Run, how_to_play, play_all
 from mas_hpc.types import Task, Trace
+
+MAX_SAMPLES = 64
+"""Most episodes a question that the noise can ask for."""
 
 
 def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
@@ -26,22 +31,38 @@ def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
     rows: list[benchmark.Row] = []
     for temperature in settings.temperatures:
         sampling = Sampling(temperature=temperature, top_p=run.config.rollout.top_p, top_k=run.config.rollout.top_k)
-        traces = play_all(
-            run, tasks, how_to_play(run, sampling, settings.seed), label=f"{phase or 'evaluate'}-T{temperature:g}"
-        )
+        label = f"{phase or 'evaluate'}-T{temperature:g}"
+        traces = play_all(run, tasks, how_to_play(run, sampling, settings.seed), label=label)
         balance = planted_verdicts(run, tasks, sampling)
-        team = benchmark.team_row(traces, phase=phase, temperature=temperature, verdicts=balance)
+        team = replace(
+            benchmark.team_row(traces, phase=phase, temperature=temperature, verdicts=balance),
+            repeated=repeated(run, tasks, sampling, traces), team=summary(traces, run.team.roles),
+        )  # fmt: skip
         failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)
         run.console.print(
             f"evaluate: {team.name}, T={temperature:g}: {team.accuracy:.1%}" + (f", {failed} failed turns" if failed else ""),
             highlight=False,
         )
         rows.append(team)
+        if not phase and run.world.is_first:
+            print_team(run.console, team.team)
         if len(run.team.agents) > 1:
             rows.append(benchmark.first_speaker_row(traces, phase=phase, temperature=temperature))
         if settings.controls and temperature > 0:
             rows += controls(run, tasks, sampling, traces, team)
     return rows
+
+
+def repeated(run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace]) -> dict[str, float | None]:
+    """avg@k, pass@k and maj@k over evaluation.samples episodes a question, or as many as the noise of the first asks for."""
+    settings = run.config.evaluation
+    accuracy = fmean(trace.reward or 0.0 for trace in traces)
+    size = settings.samples or min(MAX_SAMPLES, noise_k([accuracy] * len(traces), len(traces)))
+    if size < 2 or sampling.temperature == 0:
+        return {}
+    how = how_to_play(run, replace(sampling, episodes=size), settings.seed)
+    played = play_all(run, tasks, how, label=f"avg@{size}", keep=False)
+    return benchmark.repeated([played[start : start + size] for start in range(0, len(played), size)])
 
 
 def planted_verdicts(run: Run, tasks: Sequence[Task], sampling: Sampling) -> dict[str, VerdictBalance]:
@@ -71,7 +92,7 @@ def controls(
     """Majority vote of the first agent, and its fresh tries judged by the first critic, at the team's tokens or more."""
     first = traces[0].path[0].agent
     critic = next((name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"), None)
-    rows = [vote(run, tasks, sampling, traces, team)]
+    rows = [vote(run, tasks, sampling, traces, team), multi_turn(run, tasks, sampling, traces, team)]
     if critic is not None:
         judged = replace(run.team, topology=Pipeline(agents=(first, critic)))
         made = best_of_n(run, tasks, sampling, judged, team.tokens_per_question)
@@ -81,16 +102,43 @@ def controls(
 
 def vote(run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row) -> benchmark.Row:
     """Majority vote of as many samples of the team's first agent as it takes to cost the team's tokens or more."""
-    first = [trace.path[0] for trace in traces]
-    alone = replace(run.team, topology=Single(agent=first[0].agent))
-    size = benchmark.equal_budget(team.tokens_per_question, sum(len(turn.completion_ids) for turn in first) / len(first))
-    while True:
+    alone = replace(run.team, topology=Single(agent=traces[0].path[0].agent))
+
+    def measure(size: int) -> benchmark.Row:
         how = how_to_play(run, replace(sampling, group_size=size), run.config.evaluation.seed, alone)
         voted = play_all(run, tasks, how, label="vote", keep=False)
-        row = benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)
-        if not 0 < row.tokens_per_question < team.tokens_per_question:
-            return row
+        return benchmark.vote_row(voted, phase=team.phase, temperature=team.temperature)
+
+    return at_equal_tokens(measure, traces, team)
+
+
+def multi_turn(
+    run: Run, tasks: Sequence[Task], sampling: Sampling, traces: Sequence[Trace], team: benchmark.Row
+) -> benchmark.Row:  # fmt: skip
+    """The team's first agent alone, answering again and reading its own answers, for turns that cost the team's tokens."""
+    first = traces[0].path[0].agent
+    agents = dict(run.team.agents) | {first: replace(run.team.agents[first], sees="transcript")}
+
+    def measure(size: int) -> benchmark.Row:
+        alone = replace(run.team, agents=agents, topology=Debate(debaters=(first,), rounds=size))
+        played = play_all(run, tasks, how_to_play(run, sampling, run.config.evaluation.seed, alone), label="turns", keep=False)
+        return benchmark.multi_turn_row(played, phase=team.phase, temperature=team.temperature)
+
+    return at_equal_tokens(measure, traces, team)
+
+
+def at_equal_tokens(measure: Callable[[int], benchmark.Row], traces: Sequence[Trace], team: benchmark.Row) -> benchmark.Row:
+    """The row of the smallest size that costs the team's tokens or more; or the last that cost more than the one before."""
+    first = [len(trace.path[0].completion_ids) for trace in traces]
+    size = benchmark.equal_budget(team.tokens_per_question, sum(first) / len(first))
+    row = measure(size)
+    while 0 < row.tokens_per_question < team.tokens_per_question:
         size += 1
+        larger = measure(size)
+        if larger.tokens_per_question <= row.tokens_per_question:
+            break  # every further turn failed, as beyond the model's context
+        row = larger
+    return row
 
 
 def best_of_n(run: Run, tasks: Sequence[Task], sampling: Sampling, judged: Team, budget: float) -> list[list[Trace]]:
@@ -128,4 +176,6 @@ def rollout(run: Run) -> list[Trace]:
     run.console.print(
         f"{len(traces)} traces in {run.folder / 'traces'}: {right:g} right, {failed} failed turns", highlight=False
     )
+    if run.world.is_first:
+        print_team(run.console, summary(traces, run.team.roles))
     return traces

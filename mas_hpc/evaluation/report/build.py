@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from mas_hpc.errors import DataError
 from mas_hpc.evaluation.report import headline, plots
-from mas_hpc.evaluation.report.run_folder import RunFolder, TraceFile, read_run
+from mas_hpc.evaluation.report.run_folder import CreditSummary, RunFolder, TraceFile, read_run
 from mas_hpc.types import Trace, Turn
 
 TRACES_PER_FILE = 40
@@ -54,6 +54,7 @@ def render(run: RunFolder) -> str:
         rows=headline.compare(run.results.rows),
         sentences=headline.sentences(run.results) or headline.held_out(run.metrics),
         charts=charts,
+        credit=[_credit(summary) for summary in run.credit],
         shown=[(file.name, len(shown[file.name]), file.total) for file in run.trace_files],
         data=_json_for_script(data),
         script=Markup(script),
@@ -64,6 +65,25 @@ def render(run: RunFolder) -> str:
         setting=headline.setting,
         p_text=headline.p_text,
     )
+
+
+def _credit(summary: CreditSummary) -> tuple[str, CreditSummary, list[tuple[str, Markup]]]:
+    """The name of a credit run, its numbers, and a chart of its agents and of their messages."""
+    name = f"{summary.method}, {summary.value}" if summary.value else summary.method
+    figures = {
+        "Credit per agent": [(agent, entry.phi) for agent, entry in summary.agents.items()],
+        "Credit per message": [(agent, entry.message) for agent, entry in summary.agents.items()],
+    }
+    charts = []
+    for title, entries in figures.items():
+        rows = [
+            plots.Bar(name=agent, value=found.mean, half=1.96 * (found.standard_error or 0.0))
+            for agent, found in entries
+            if found.mean is not None
+        ]
+        if rows:
+            charts.append((title, plots.bars(title, rows)))
+    return name, summary, charts
 
 
 def _charts(run: RunFolder) -> list[tuple[str, tuple[plots.Panel, ...]]]:

@@ -130,6 +130,44 @@ def interval(row: Row) -> Markup:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A named value with the half width of its interval.
+
+    Example: Bar(name="solver", value=0.31, half=0.04)
+    """
+
+    name: str
+    value: float
+    half: float
+    """0 where there is none."""
+
+
+def bars(title: str, rows: Sequence[Bar]) -> Markup:
+    """Horizontal bars from zero, each with its interval; negative ones point to the left."""
+    ends = [end for row in rows for end in (row.value - row.half, row.value + row.half, 0.0)]
+    ticks_x = ticks(*_range(ends))
+    left, height = 92, TOP + 26 * len(rows) + BOTTOM
+
+    def x(value: float) -> float:
+        return left + (value - ticks_x[0]) / (ticks_x[-1] - ticks_x[0]) * (WIDTH - RIGHT - left)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img"><title>{escape(title)}</title>']
+    for tick in ticks_x:
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(f'<text class="tick mid" x="{x(tick):.1f}" y="{height - 6}">{tick:.4g}</text>')
+    for place, row in enumerate(rows):
+        y, low, high = TOP + 26 * place + 13, min(row.value, 0.0), max(row.value, 0.0)
+        style = "good" if row.value >= 0 else "bad"
+        parts.append(f'<text class="tick end" x="{left - 8}" y="{y + 3.5}">{escape(row.name[:14])}</text>')
+        size = f'width="{x(high) - x(low):.1f}" height="14"'
+        parts.append(f'<rect class="bar {style}" x="{x(low):.1f}" y="{y - 7}" {size}/>')
+        if row.half:
+            between = f'x1="{x(row.value - row.half):.1f}" x2="{x(row.value + row.half):.1f}"'
+            parts.append(f'<line class="whisker" {between} y1="{y}" y2="{y}"/>')
+    return Markup("".join([*parts, "</svg>"]))
+
+
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers, 4 to 7 of them, that enclose the range."""
     raw = (high - low) / 4

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,6 +18,9 @@ from mas_hpc.types import Trace
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+_Kind = TypeVar("_Kind", bound=_Record)
 
 
 class Verdicts(_Record):
@@ -56,6 +59,35 @@ class Paired(_Record):
     p_value: float
     wins: int
     losses: int
+
+
+class Estimate(_Record):
+    """A mean over messages or paths, with questions as clusters."""
+
+    mean: float | None = None
+    standard_error: float | None = None
+    n: int = 0
+
+
+class AgentCredit(_Record):
+    """What one agent earned in the paths that were credited."""
+
+    message: Estimate
+    """Of its messages."""
+    phi: Estimate
+    """Of the agent, where the method attributes to agents."""
+    first_errors: int = 0
+
+
+class CreditSummary(_Record):
+    """credit/<name>.json, as `mas-hpc credit` writes it."""
+
+    method: str
+    value: str = ""
+    replays: int
+    traces: dict[str, int | str]
+    agents: dict[str, AgentCredit]
+    requests: dict[str, int] = {}
 
 
 class Results(_Record):
@@ -97,6 +129,7 @@ class RunFolder:
     results: Results
     metrics: tuple[MetricLine, ...]
     trace_files: tuple[TraceFile, ...]
+    credit: tuple[CreditSummary, ...] = ()
 
 
 def read_run(folder: Path, traces_per_file: int) -> RunFolder:
@@ -111,19 +144,20 @@ def read_run(folder: Path, traces_per_file: int) -> RunFolder:
     return RunFolder(
         name=folder.resolve().name,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        results=_results(results) if results.is_file() else Results(),
+        results=_read(Results, results, "an evaluation") if results.is_file() else Results(),
         metrics=tuple(_metrics(metrics)) if metrics.is_file() else (),
         trace_files=tuple(_spread(store, traces_per_file) for store in stores),
+        credit=tuple(_read(CreditSummary, file, "mas-hpc credit") for file in sorted(folder.glob("credit/*.json"))),
     )
 
 
-def _results(file: Path) -> Results:
+def _read(record: type[_Kind], file: Path, writer: str) -> _Kind:
     try:
-        return Results.model_validate_json(file.read_bytes())
+        return record.model_validate_json(file.read_bytes())
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
-        raise DataError(f"{file}: {where}: {problem['msg']}; expected what an evaluation writes: run it again") from None
+        raise DataError(f"{file}: {where}: {problem['msg']}; expected what {writer} writes: run it again") from None
 
 
 def _metrics(file: Path) -> Iterator[MetricLine]:
