@@ -194,6 +194,8 @@ class RolloutConfig(Section):
     """Sequences decoded together; waiting requests replace finished ones."""
     num_tasks: Positive = 64
     """Questions that `mas-hpc rollout` runs."""
+    split: Literal["test", "train"] = "test"
+    """Where `mas-hpc rollout` takes them: held-out questions, or training ones where the traces are to be learnt from."""
 
 
 class EvaluationConfig(Section):

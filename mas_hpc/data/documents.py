@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mas_hpc.data.conversations import (
@@ -35,6 +35,8 @@ class Document:
     prompt: Text = ""
     """Empty for whole conversations (`messages`) and plain text (`text`)."""
     completion: Text
+    agent: str = ""
+    """Who of the team speaks; empty: its first agent."""
 
     @property
     def question(self) -> Text:
@@ -68,12 +70,12 @@ def _document(row: Row, prompt_key: str, completion_key: str) -> Document:
         if "assistant" not in [message.role for message in messages]:
             roles = sorted({message.role for message in messages})
             raise DataError(f"{row.where}: no message of role 'assistant' to train on; its roles are {roles}")
-        return Document(id=row.id, completion=messages)
+        return Document(id=row.id, agent=row.agent, completion=messages)
     if "text" in row.values and prompt_key not in row.values:
-        return Document(id=row.id, completion=read_text(row, "text", ""))
+        return Document(id=row.id, agent=row.agent, completion=read_text(row, "text", ""))
     remedy = f"expected 'messages', 'text', or {prompt_key!r} and {completion_key!r}"
     prompt, completion = read_pair(row, prompt_key, completion_key, remedy)
-    return Document(id=row.id, prompt=prompt, completion=completion)
+    return Document(id=row.id, agent=row.agent, prompt=prompt, completion=completion)
 
 
 def document_sample(
@@ -102,7 +104,7 @@ def _chat(document: Document) -> Document:
     if not document.prompt:
         return document  # a text has no roles
     prompt, completion = as_messages(document.prompt, "user"), as_messages(document.completion, "assistant")
-    return Document(id=document.id, prompt=prompt, completion=completion)
+    return replace(document, prompt=prompt, completion=completion)
 
 
 def _trained(document: Document, tokenizer: Any, train_on: TrainOn) -> tuple[Ids, tuple[bool, ...]]:

@@ -39,6 +39,12 @@ class Row:
         """Split and number, unique in the data set."""
         return f"{self.split}/{self.number}"
 
+    @property
+    def agent(self) -> str:
+        """Who of a team the row speaks for, from a column `agent`; empty where it does not say."""
+        name = self.values.get("agent")
+        return name if isinstance(name, str) else ""
+
     def value(self, column: str, remedy: str) -> Any:
         """The column's value. Raises DataError naming the row and the columns that there are."""
         if column not in self.values:

@@ -28,6 +28,8 @@ class Pair:
     rejected: Text
     margin: float = 0.0
     """How much better the chosen answer is."""
+    agent: str = ""
+    """Who of the team speaks; empty: its first agent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class Unpaired:
     prompt: Text
     completion: Text
     label: bool
+    agent: str = ""
+    """Who of the team speaks; empty: its first agent."""
 
 
 def load_preferences(
@@ -80,7 +84,7 @@ def _pair(row: Row) -> Pair:
         raise DataError(f"{row.where}: of prompt, chosen and rejected some are text and some lists of messages; give all alike")
     if isinstance(chosen, tuple) and isinstance(rejected, tuple):
         prompt, chosen, rejected = _conversations(prompt, chosen, rejected, row)
-    return Pair(id=row.id, prompt=prompt, chosen=chosen, rejected=rejected, margin=float(margin))
+    return Pair(id=row.id, prompt=prompt, chosen=chosen, rejected=rejected, margin=float(margin), agent=row.agent)
 
 
 def _conversations(
@@ -108,7 +112,7 @@ def _unpaired(row: Row) -> Unpaired:
     label = row.values["label"]
     if not isinstance(label, bool | int | float) or label not in (0, 1):
         raise DataError(f"{row.where}: column 'label' holds {label!r:.60}; expected true or false")
-    return Unpaired(id=row.id, prompt=prompt, completion=completion, label=bool(label))
+    return Unpaired(id=row.id, prompt=prompt, completion=completion, label=bool(label), agent=row.agent)
 
 
 def _question(record: Pair | Unpaired) -> Text:

@@ -16,7 +16,7 @@ from mas_hpc.orchestration.demonstrate import plant
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
 from mas_hpc.orchestration.topology import Debate, Judged, Pipeline, Single
-from mas_hpc.phases.examples import build_demonstrator
+from mas_hpc.phases.examples import build_demonstrator, training_tasks
 from mas_hpc.run import Run, how_to_play, play_all
 from mas_hpc.types import Task, Trace
 
@@ -166,10 +166,10 @@ def write_results(run: Run, rows: Sequence[benchmark.Row]) -> dict[str, Any]:
 
 
 def rollout(run: Run) -> list[Trace]:
-    """Run the team on the held-out questions, one path each, and keep the traces."""
+    """Run the team on held-out or training questions, one path each, and keep the traces."""
     settings = run.config.rollout
     sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
-    tasks = run.test_tasks[: settings.num_tasks]
+    tasks = (run.test_tasks if settings.split == "test" else training_tasks(run))[: settings.num_tasks]
     traces = play_all(run, tasks, how_to_play(run, sampling, run.config.seed), label="rollout")
     right = sum(trace.reward or 0.0 for trace in traces)
     failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)

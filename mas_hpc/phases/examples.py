@@ -159,16 +159,16 @@ def _for_method(method: OfflineMethod, samples: Example) -> Example:
 def _records(run: Run, method: OfflineMethod) -> tuple[list[Example], list[Example]]:
     data = run.config.data
     assert isinstance(data, RecordConfig)
-    who, tokenizer = _speaker(run), run.tokenizer
+    tokenizer = run.tokenizer
     limits: dict[str, Any] = {"num_train": data.num_train, "num_test": data.num_test, "seed": data.seed}
     made: list[list[Example]]
     if isinstance(data, DocumentsConfig) and isinstance(method, SFTConfig):
-        settings: dict[str, Any] = {"train_on": method.train_on, "chat": bool(tokenizer.chat_template), **who}
+        settings: dict[str, Any] = {"train_on": method.train_on, "chat": bool(tokenizer.chat_template)}
         parts = load_documents(data.path, **limits)
-        made = [[(document_sample(row, tokenizer, **settings),) for row in part] for part in parts]
+        made = [[(document_sample(r, tokenizer, **(settings | _speaker(run, r.agent))),) for r in part] for part in parts]
     elif isinstance(data, StepsConfig):
         solutions = load_steps(data.path, **limits)
-        made = [[(step_sample(row, tokenizer, separator=data.separator, **who),) for row in part] for part in solutions]
+        made = [[(step_sample(row, tokenizer, separator=data.separator, **_speaker(run)),) for row in part] for part in solutions]
     else:
         rows = load_preferences(data.path, **limits)
         made = [[_preference(run, row, method) for row in part] for part in rows]
@@ -181,7 +181,7 @@ def _records(run: Run, method: OfflineMethod) -> tuple[list[Example], list[Examp
 
 def _preference(run: Run, row: Pair | Unpaired, method: OfflineMethod) -> Example:
     """A pair, or a single answer where the method can learn from one; SFT (a warm start) learns the better answer."""
-    who, chat = _speaker(run), bool(run.tokenizer.chat_template)
+    who, chat = _speaker(run, row.agent), bool(run.tokenizer.chat_template)
     if isinstance(row, Pair) and isinstance(method, SFTConfig):
         return pair_samples(row, run.tokenizer, chat=chat and bool(row.prompt), **who)[:1]
     if isinstance(row, Pair):
@@ -194,9 +194,15 @@ def _preference(run: Run, row: Pair | Unpaired, method: OfflineMethod) -> Exampl
     return _for_method(method, (unpaired_sample(row, run.tokenizer, chat=chat, **who),))
 
 
-def _speaker(run: Run) -> dict[str, str]:
-    """Rows speak for the team's first agent."""
-    agent = next(iter(run.team.agents.values()))
+def _speaker(run: Run, name: str = "") -> dict[str, str]:
+    """Rows speak for the agent that they name, else for the team's first one. Raises DataError for a name not in the team."""
+    agents = run.team.agents
+    if name and name not in agents:
+        raise DataError(
+            f"data.path={run.config.data.path}: a row speaks for agent {name!r}; expected one of {list(agents)}: "  # type: ignore[union-attr]
+            "name the team that it was collected with in team.agents, or leave the column out"
+        )
+    agent = agents[name] if name else next(iter(agents.values()))
     return {"policy": agent.policy, "agent": agent.name}
 
 
