@@ -255,7 +255,7 @@ def run_to_end(words: Sequence[str], log: Path) -> float:
         _, status, usage = os.wait4(child.pid, 0)  # of this child alone, whatever runs beside it
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, words, output=f"see {log}")
+        raise SystemExit(f"{' '.join(words)}: ended with status {child.returncode}, see {log}")
     return usage.ru_utime + usage.ru_stime
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 NOTES = {
     "ours": "AT-GRPO, shared policy, each role's own verifiable reward; means over the seeds that both systems have (n)",
     "difference": "AT-GRPO minus the system, paired by seed, 95% Student-t interval; a winner's interval excludes 0. Nothing "
-    "is corrected for the number of rows, and with 2 or 3 seeds the intervals are wide. All seeds share their held-out questions",
+    "is corrected for the number of rows, and with 2 or 3 seeds intervals are wide. All seeds share their held-out questions",
     "training": "same warm start, and as many sampled tokens as AT-GRPO's steps, replays included: 2% more or 5% less, or one "
     "step. The warm start's demonstrations and the PRM's labels (ring only: other tasks have no judged steps) are not counted. "
     "Equal tokens are neither equal steps nor equal CPU seconds: systems with replays make fewer steps",
