@@ -168,7 +168,8 @@ def _records(run: Run, method: OfflineMethod) -> tuple[list[Example], list[Examp
         made = [[(document_sample(r, tokenizer, **(settings | _speaker(run, r.agent))),) for r in part] for part in parts]
     elif isinstance(data, StepsConfig):
         solutions = load_steps(data.path, **limits)
-        made = [[(step_sample(row, tokenizer, separator=data.separator, **_speaker(run)),) for row in part] for part in solutions]
+        who = _speaker(run)
+        made = [[(step_sample(row, tokenizer, separator=data.separator, **who),) for row in part] for part in solutions]
     else:
         rows = load_preferences(data.path, **limits)
         made = [[_preference(run, row, method) for row in part] for part in rows]
