@@ -102,7 +102,8 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
         for trace, score, fault in zip(mine, scores or [()] * len(mine), located.faults, strict=True)
     ]
     store = ValueStore(run.folder / "credit", rank=run.world.rank)
-    requests = Counter(known=store.num_found, unparseable=located.unparseable)
+    gather_lines(run.world, ["ready"])  # all have read the store before anybody adds to it
+    requests = Counter(known=store.num_found if run.world.is_first else 0, unparseable=located.unparseable)
     found = _play(run, games, options, store, requests)
     numbers = range(run.world.rank, len(selection.traces), run.world.size)
     lines = [json.dumps({"number": number, **entry}) for number, entry in zip(numbers, found, strict=True) if entry]
@@ -121,7 +122,7 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
 def select(run: Run, options: CreditOptions) -> Selection:
     """The traces of the file that can get credit. Raises DataError for an absent file, or one of other weights' traces."""
     file = _trace_file(run.folder, options.traces)
-    traces = list(trace_store.read(file))[: options.limit or None]
+    traces = [trace for part in _parts(file) for trace in trace_store.read(part)][: options.limit or None]
     left_out: Counter[str] = Counter()
     chosen = []
     for trace in traces:
@@ -136,7 +137,7 @@ def select(run: Run, options: CreditOptions) -> Selection:
         raise DataError(f"{file}: turns of agents {unknown}, who are not in this run's team {list(run.team.agents)}")
     versions = sorted({turn.policy_version for trace in chosen for turn in trace.path if turn.policy not in run.other_models})
     expected = policy_version(run.folder)
-    if options.method in REPLAYED and versions not in ([], [expected]):
+    if (options.method in REPLAYED or options.resamples) and versions not in ([], [expected]):
         raise DataError(
             f"{file}: turns of policy versions {versions[0]} to {versions[-1]}, but the run's weights are of version "
             f"{expected}, and replays by other weights would credit other agents; expected --traces to name a file of that "
@@ -149,8 +150,9 @@ def select(run: Run, options: CreditOptions) -> Selection:
 
 
 def _trace_file(folder: Path, name: str) -> Path:
-    files = sorted(file for file in (folder / "traces").glob("*.jsonl") if not file.stem.startswith("credit-"))
-    stems = [file.stem for file in files]
+    """The file that is asked for, or the one that most likely is; several ranks have written its parts."""
+    names = {file.stem.partition(".rank")[0] for file in (folder / "traces").glob("*.jsonl")}
+    stems = sorted(stem for stem in names if not stem.startswith("credit-"))
     if name:
         if name not in stems:
             raise DataError(f"--traces {name}: no {folder / 'traces' / name}.jsonl; expected one of {stems}")
@@ -163,10 +165,16 @@ def _trace_file(folder: Path, name: str) -> Path:
     return folder / "traces" / f"{chosen}.jsonl"
 
 
+def _parts(file: Path) -> list[Path]:
+    """The file, or those of all ranks of a run of several, in their order."""
+    ranks = {int(part.stem.rpartition(".rank")[2]): part for part in file.parent.glob(f"{file.stem}.rank*.jsonl")}
+    return [ranks[rank] for rank in sorted(ranks)] or [file]
+
+
 def _sampling(run: Run, file: Path) -> Sampling:
     """As the traces were sampled: evaluations carry their temperature in the file's name."""
     settings = run.config.rollout
-    named = re.search(r"-T([0-9.]+)$", file.stem.partition(".rank")[0])
+    named = re.search(r"-T([0-9.]+)$", file.stem)
     temperature = float(named[1]) if named else settings.temperature
     return Sampling(temperature=temperature, top_p=settings.top_p, top_k=settings.top_k)
 

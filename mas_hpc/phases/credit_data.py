@@ -23,7 +23,8 @@ def training_rows(game: Game, credit: Credit, count: int, which: Literal["faults
     faults: in place of the first error of a failed path, every alternative that repairs it is preferred to it. all: at every
     message of the path the best of its siblings is preferred to the worst, and is a positive where it mostly succeeds (the
     search tree of MALT, arXiv 2412.01928, with values of means instead of a vote). `unvalued` are siblings whose every
-    continuation failed: they make no pair, and are counted.
+    continuation failed: they make no pair, and are counted. Neither do equal texts of different tokens, such as one that was
+    cut off where the other ended.
     """
     rows: Rows = {"pairs": [], "positives": [], "unvalued": []}
     if not count:
@@ -37,11 +38,13 @@ def training_rows(game: Game, credit: Credit, count: int, which: Literal["faults
             recorded = next((value for turn, value in valued if turn is game.path.turns[place]), None)
             better = [(turn, value) for turn, value in valued if recorded is not None and value - recorded >= MIN_MARGIN]
             rows["pairs"] += [
-                _pair(game, place, turn, game.path.turns[place], value - (recorded or 0.0)) for turn, value in better
+                _pair(game, place, turn, game.path.turns[place], value - (recorded or 0.0))
+                for turn, value in better
+                if turn.text != game.path.turns[place].text
             ]
         elif valued:
             best, worst = max(valued, key=_value), min(valued, key=_value)
-            if best[1] - worst[1] >= MIN_MARGIN:
+            if best[1] - worst[1] >= MIN_MARGIN and best[0].text != worst[0].text:
                 rows["pairs"].append(_pair(game, place, best[0], worst[0], best[1] - worst[1]))
             if best[1] > game.path.settings.threshold:
                 rows["positives"].append(_prompt(game, place) | {"completion": _answer(game, place, best[0])})

@@ -57,7 +57,7 @@ def together(
     """Advance all games; those of one question (its id comes first) ask for equal completions once.
 
     `requests` counts the completions that were asked for and those that were sampled, and their tokens.
-    `on_wave` is called after each batch.
+    `on_wave` is called after each batch, when the games have taken its outcomes.
     """
     numbers: dict[str, list[int]] = defaultdict(list)
     for number, (task, _) in enumerate(games):
@@ -78,12 +78,14 @@ def together(
 
 
 def noted(steps: Steps[Result], note: Callable[[Sequence[Completion]], None]) -> Steps[Result]:
-    """The same steps; `note` is shown the completions of every batch."""
+    """The same steps; `note` is shown the completions of every batch, after the steps have used them."""
     try:
         wanted = next(steps)
         while True:
             served = yield wanted
-            note(served)
-            wanted = steps.send(served)
+            try:
+                wanted = steps.send(served)
+            finally:  # the last batch ends the steps
+                note(served)
     except StopIteration as end:
         return end.value
