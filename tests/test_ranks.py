@@ -58,6 +58,8 @@ def test_two_ranks_take_the_same_first_step_as_one_with_every_method(tmp_path: P
     for method in METHODS:
         one, two = (first_step(tmp_path / name / method) for name in ("one", "two"))
         assert one.keys() == two.keys()
+        if method == "dpo":  # policy and reference are still equal: whether a margin of 0 is above 0 is rounding's to say
+            del one["rewards/accuracies"]
         for key, value in one.items():
             assert two[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (method, key)
         assert one["grad_norm"] > 0 and one["tokens"] > 0
