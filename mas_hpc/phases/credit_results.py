@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -47,7 +48,7 @@ def summary(options: CreditOptions, selection: Selection, records: Records, requ
             "missing": len(selection.traces) - len(found),
             **selection.left_out,
         },
-        "accuracy": math.fsum(entry["outcome"] for entry in found) / max(1, len(found)),
+        "accuracy": fmean(entry["outcome"] for entry in found) if found else None,
         "requests": {name: requests.get(name, 0) for name in ("asked", "sampled", "known")},
         "agents": {agent: _agent(agent, found, blamed) for agent in agents},
         "failures": {

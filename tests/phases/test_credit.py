@@ -1,0 +1,499 @@
+"""mas-hpc credit: on a tiny model through the command line, and on a scripted team whose faults are known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import LlamaForCausalLM
+
+from mas_hpc.cli import app, main
+from mas_hpc.config import ModelConfig
+from mas_hpc.data import trace_store
+from mas_hpc.data.preferences import Pair, load_preferences
+from mas_hpc.data.steps import load_steps
+from mas_hpc.data.tasks import load_tasks
+from mas_hpc.distributed.world import World
+from mas_hpc.models.load import load_model
+from mas_hpc.orchestration.replay import replay
+from mas_hpc.orchestration.sampling import Sampling
+from mas_hpc.phases.credit import CreditOptions, credit
+from mas_hpc.rollout.engine import Completion, Request
+from mas_hpc.rollout.scripted import ScriptedEngine
+from mas_hpc.run import Run, how_to_play, play_all, reopen
+from mas_hpc.types import Trace
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+NUM_TASKS = 8
+SMALL = (
+    "model.hidden_size=32", "model.num_heads=2", "data.num_digits=3", "data.num_train=12", f"data.num_test={NUM_TASKS}",
+    f"rollout.num_tasks={NUM_TASKS}", "warm_start.steps=2", "warm_start.batch_size=4", "team.stop_when_accepted=false",
+)  # fmt: skip
+FAILED = Completion(token_ids=(), logprobs=(), text="", finish="error", error="prompt is longer than the context")
+
+
+# ---- runs
+
+
+def rollout(runs: Path, name: str, *words: str) -> Path:
+    app(["rollout", QUICKSTART, *SMALL, *words, f"runs_dir={runs}", f"name={name}"], standalone_mode=False)
+    return runs / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(runs: Path) -> Path:
+    """A rollout of the tiny model; nobody writes to it."""
+    return rollout(runs, "finished")
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def opened(folder: Path, world: World | None = None) -> Run:
+    return reopen(folder, world or World(), Console(quiet=True))
+
+
+class Scripted:
+    """Speaks for the team: an agent is right, wrong by one digit, or repeats the answer that it has read last."""
+
+    def __init__(self, run: Run, says: Mapping[str, Callable[[Request], str]]) -> None:
+        train, test = load_tasks(run.config.data)
+        self._answers = {task.compact: task.answer for task in (*train, *test)}
+        self._decode = run.tokenizer.decode
+        self._agents = {agent.role.letter: name for name, agent in run.team.agents.items()}
+        self._says = says
+
+    def __call__(self, request: Request) -> str:
+        prompt = self._decode(request.prompt_ids)
+        agent = self._agents[prompt[-1]]
+        if agent in ("critic", "verifier"):
+            return "===+"
+        sums = prompt.rpartition("Q")[2][:3]
+        right = self._answers[sums]
+        read = prompt.removesuffix(f"Q{sums}R").rpartition("S")[2][:3] if agent == "reviser" and "S" in prompt else right
+        wrong = f"{(int(right[0]) + 1) % 4}{right[1:]}"
+        return {"right": right, "wrong": wrong, "repeats": read}[self._says[agent](request)]
+
+
+def always(**says: str) -> Mapping[str, Callable[[Request], str]]:
+    return {agent: (lambda request, word=word: word) for agent, word in says.items()}
+
+
+def often(request: Request) -> str:
+    """Right in one of two."""
+    return ("right", "wrong")[hashlib.blake2b(f"{request.seed}".encode(), digest_size=1).digest()[0] % 2]
+
+
+def spoken_for(run: Run, says: Mapping[str, Callable[[Request], str]], *, fails: Callable[[Request], bool] | None = None):
+    """The run with a script instead of its model, and the engine that counts."""
+    script = Scripted(run, says)
+    engine = ScriptedEngine(lambda request: FAILED if fails and fails(request) else script(request), run.tokenizer)
+    return replace(run, engine=engine), engine
+
+
+def record(folder: Path, says: Mapping[str, Callable[[Request], str]], label: str = "rollout") -> list[Trace]:
+    """Traces of a scripted team in place of the model's."""
+    run, _ = spoken_for(opened(folder), says)
+    (folder / "traces" / f"{label}.jsonl").unlink(missing_ok=True)
+    _, tasks = load_tasks(run.config.data)
+    return play_all(run, tasks, how_to_play(run, Sampling(temperature=1.0), 0), label=label)
+
+
+HONEST = always(solver="right", reviser="repeats")
+CORRUPTED = always(solver="wrong", reviser="repeats")
+VARYING = {"solver": often, "reviser": lambda request: "right" if request.seed % 3 else "repeats"}
+
+
+def lines_of(folder: Path, name: str) -> list[Any]:
+    """Rows that a credit run has written; none where it wrote no file."""
+    file = folder / "credit" / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+# ---- the scripted team
+
+
+@pytest.mark.parametrize("value", ["removal", "masked"])
+def test_a_solver_whose_answer_is_repeated_earns_everything(folder: Path, value) -> None:
+    record(folder, HONEST)
+    run, engine = spoken_for(opened(folder), {**HONEST, "reviser": lambda request: "wrong" if alone(request) else "repeats"})
+
+    def alone(request: Request) -> bool:
+        return "S" not in run.tokenizer.decode(request.prompt_ids)
+
+    results = credit(run, CreditOptions(method="shapley", value=value, replays=2))
+    found = {agent: (entry["phi"]["mean"], entry["message"]["mean"]) for agent, entry in results["agents"].items()}
+    assert found == {"solver": (1.0, 1.0), "critic": (0.0, 0.0), "reviser": (0.0, 0.0), "verifier": (0.0, 0.0)}
+    assert results["agents"]["solver"]["phi"]["standard_error"] == 0.0
+    calls = {"removal": 7, "masked": 4}[
+        value
+    ]  # solver's, critic's and reviser's of the record are kept: CR, C, R and SR are new
+    assert len(engine.requests) == results["requests"]["sampled"] == NUM_TASKS * 2 * calls
+    assert results["accuracy"] == 1.0 and results["traces"] == {"file": "rollout", "credited": NUM_TASKS, "missing": 0}
+    for trace in trace_store.read(folder / "traces" / f"credit-shapley-{value}.jsonl"):
+        assert [turn.credit for turn in trace.path] == [1.0, 0.0, 0.0, 0.0]
+        assert trace.label == f"credit shapley-{value}"
+    assert json.loads((folder / "credit" / f"shapley-{value}.json").read_text()) == results
+
+
+def test_a_corrupted_message_is_found_and_every_alternative_that_repairs_it_is_preferred(folder: Path) -> None:
+    traces = record(folder, CORRUPTED)
+    assert {trace.reward for trace in traces} == {0.0}
+    run, _ = spoken_for(opened(folder), HONEST)
+    results = credit(run, CreditOptions(method="reward_blame", replays=4, resamples=2))
+    assert {agent: entry["first_errors"] for agent, entry in results["agents"].items()} == {
+        "solver": NUM_TASKS, "critic": 0, "reviser": 0, "verifier": 0,
+    }  # fmt: skip
+    for trace in trace_store.read(folder / "traces" / "credit-reward_blame-removal.jsonl"):
+        assert [turn.credit for turn in trace.path] == [-1.0, 0.0, 0.0, 0.0]
+    assert results["rows"] == {"pairs": 2 * NUM_TASKS, "positives": 0, "steps": NUM_TASKS, "faults": NUM_TASKS, "unvalued": 0}
+    pairs, _ = load_preferences(str(folder / "credit" / "pairs.jsonl"), num_train=2 * NUM_TASKS, num_test=0, seed=0)
+    recorded = {f"Q{trace.task.compact}S": trace for trace in traces}
+    for pair in pairs:
+        assert isinstance(pair, Pair) and isinstance(pair.prompt, str)
+        trace = recorded[pair.prompt]
+        assert (pair.chosen, pair.rejected, pair.margin) == (trace.task.answer, trace.path[0].text, 1.0)
+    steps, _ = load_steps(str(folder / "credit" / "steps.jsonl"), num_train=NUM_TASKS, num_test=0, seed=0)
+    for solution in steps:
+        assert solution.steps == tuple(turn.text for turn in recorded[solution.prompt].path)
+        assert solution.labels == (0.0, 0.0, 0.0, 0.0), "nobody repairs what the solver wrote"
+
+
+def test_all_messages_get_alternatives_when_asked_and_the_best_are_positives(folder: Path) -> None:
+    record(folder, {"solver": often, "reviser": lambda request: "repeats"})
+    run, _ = spoken_for(opened(folder), {"solver": often, "reviser": lambda request: "repeats"})
+    results = credit(run, CreditOptions(method="local", replays=1, resamples=3, pairs="all"))
+    pairs, positives = (lines_of(folder, name) for name in ("pairs", "positives"))
+    assert len(pairs) == results["rows"]["pairs"] > 0 and {row["agent"] for row in pairs} == {"solver"}
+    answers = {task.compact: task.answer for task in load_tasks(run.config.data)[1]}
+    for row in pairs:
+        assert row["chosen"] == answers[row["prompt"][1:4]] != row["rejected"] and row["margin"] == 1.0
+    assert {row["agent"] for row in positives} == set(run.team.agents), "whatever is said after a right answer succeeds"
+    for row in positives:
+        assert row["agent"] in ("critic", "verifier") or row["completion"] == answers[row["prompt"][1:4]]
+
+
+@pytest.mark.parametrize("pairs", ["faults", "all"])
+def test_equal_texts_of_different_tokens_make_no_pair(folder: Path, pairs) -> None:
+    # The recorded answers are cut off, their alternatives end; the reviser is right after those that end.
+    record(folder, always(solver="right", reviser="wrong"))
+    run = opened(folder)
+    script, end = Scripted(run, HONEST), run.tokenizer.eos_token_id
+    wrong = Scripted(run, always(reviser="wrong"))
+
+    def ending(request: Request) -> Completion | str:
+        cue = run.tokenizer.decode(request.prompt_ids)[-1]
+        if cue == "R" and end not in request.prompt_ids:
+            return wrong(request)
+        text = script(request)
+        if cue != "S":
+            return text
+        ids = (*run.tokenizer.encode(text, add_special_tokens=False), end)
+        return Completion(token_ids=ids, logprobs=(-1.0,) * len(ids), text=text, finish="stop")
+
+    run = replace(run, engine=ScriptedEngine(ending, run.tokenizer))
+    results = credit(run, CreditOptions(method="first_error", replays=1, epsilon=0.5, resamples=2, pairs=pairs))
+    assert results["agents"]["solver"]["first_errors"] == NUM_TASKS, "the tokens do make a difference"
+    assert not [row for row in lines_of(folder, "pairs") if row["agent"] == "solver"]
+
+
+def test_traces_that_cannot_get_credit_are_counted_by_reason(folder: Path) -> None:
+    traces = record(folder, HONEST)
+    file = folder / "traces" / "rollout.jsonl"
+    failed = replace(traces[0].turns[1], finish="error", completion_ids=(), behavior_logprobs=(), text="", error="too long")
+    trace_store.write(file, [replace(traces[0], reward=None), replace(traces[1], reward=None)])
+    trace_store.write(file, [replace(traces[2], turns=(traces[0].turns[0], failed, *traces[0].turns[2:]))])
+    run, _ = spoken_for(opened(folder), HONEST)
+    results = credit(run, CreditOptions(method="outcome"))
+    assert results["traces"] == {
+        "file": "rollout", "credited": NUM_TASKS, "missing": 0, "unfinished": 2, "with a failed turn": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["shapley", "first_error", "reward_blame"])
+def test_a_trace_whose_every_replay_fails_is_missing_and_counted(folder: Path, method) -> None:
+    traces = record(folder, CORRUPTED)
+    lost = traces[3].task.compact
+    run = opened(folder)
+    run, _ = spoken_for(run, HONEST, fails=lambda request: run.tokenizer.decode(request.prompt_ids).startswith(f"Q{lost}"))
+    results = credit(run, CreditOptions(method=method, replays=2))
+    assert (results["traces"]["credited"], results["traces"]["missing"]) == (NUM_TASKS - 1, 1)
+    assert all(entry["message"]["n"] == NUM_TASKS - 1 for entry in results["agents"].values())
+    [file] = (folder / "traces").glob("credit-*.jsonl")
+    assert traces[3].task.id not in {trace.task.id for trace in trace_store.read(file)}
+
+
+def test_when_nothing_can_be_valued_the_summary_says_so(folder: Path) -> None:
+    record(folder, CORRUPTED)
+    run, _ = spoken_for(opened(folder), HONEST, fails=lambda request: True)
+    results = credit(run, CreditOptions(method="shapley"))
+    assert results["traces"]["missing"] == NUM_TASKS and results["agents"] == {} and results["accuracy"] is None
+
+
+def test_half_failing_replays_still_give_credit(folder: Path) -> None:
+    record(folder, VARYING)
+    run, _ = spoken_for(opened(folder), VARYING, fails=lambda request: request.seed % 5 < 2)
+    results = credit(run, CreditOptions(method="shapley", replays=16))
+    assert results["traces"]["missing"] == 0 and results["agents"]["solver"]["phi"]["mean"] > 0
+
+
+def test_an_alternative_that_cannot_be_valued_makes_no_pair_and_is_counted(folder: Path) -> None:
+    answers = {trace.task.compact: trace.task.answer for trace in record(folder, CORRUPTED)}
+    run = opened(folder)
+
+    def after_a_right_answer(request: Request) -> bool:
+        prompt = run.tokenizer.decode(request.prompt_ids)
+        return prompt[-1] == "C" and prompt[5:8] == answers[prompt[1:4]]
+
+    run, _ = spoken_for(run, HONEST, fails=after_a_right_answer)
+    results = credit(run, CreditOptions(method="local", replays=2, resamples=3, pairs="all"))
+    assert (results["rows"]["unvalued"], results["rows"]["pairs"]) == (3 * NUM_TASKS, 0)
+
+
+# ---- which traces
+
+
+def test_parts_of_several_ranks_are_one_file(folder: Path) -> None:
+    traces = record(folder, HONEST)
+    (folder / "traces" / "rollout.jsonl").unlink()
+    trace_store.write(folder / "traces" / "rollout.rank0.jsonl", traces[::2])
+    trace_store.write(folder / "traces" / "rollout.rank1.jsonl", traces[1::2])
+    run, _ = spoken_for(opened(folder), HONEST)
+    for name in ("", "rollout"):
+        assert credit(run, CreditOptions(method="outcome", traces=name))["traces"]["credited"] == NUM_TASKS
+
+
+@pytest.mark.parametrize(
+    ("present", "chosen"),
+    [
+        (("rollout", "after-T1", "train"), "rollout"),
+        (("before-T1", "after-T0", "after-T1", "train"), "after-T1"),
+        (("evaluate-T0", "evaluate-T0.7"), "evaluate-T0.7"),
+        (("rollout", "credit-local"), "rollout"),
+    ],
+)
+def test_the_file_is_the_one_that_most_likely_is_meant(folder: Path, present: Sequence[str], chosen: str) -> None:
+    traces = record(folder, HONEST)
+    (folder / "traces" / "rollout.jsonl").unlink()
+    for name in present:
+        trace_store.write(folder / "traces" / f"{name}.jsonl", traces)
+    assert credit(opened(folder), CreditOptions(method="outcome"))["traces"]["file"] == chosen
+
+
+def test_replays_have_the_temperature_of_the_file(folder: Path) -> None:
+    traces = record(folder, HONEST)
+    for name, temperature in (("evaluate-T0", 0.0), ("evaluate-T0.7", 0.7), ("rollout", 1.0)):
+        (folder / "traces" / f"{name}.jsonl").unlink(missing_ok=True)
+        trace_store.write(folder / "traces" / f"{name}.jsonl", traces)
+        run, engine = spoken_for(opened(folder), HONEST)
+        credit(run, CreditOptions(method="loo", replays=1, traces=name))
+        assert {request.sampling.temperature for request in engine.requests} == {temperature}
+
+
+def test_a_limit_takes_the_first_traces(folder: Path) -> None:
+    traces = record(folder, HONEST)
+    credit(opened(folder), CreditOptions(method="outcome", limit=3))
+    found = list(trace_store.read(folder / "traces" / "credit-outcome.jsonl"))
+    assert [trace.task.id for trace in found] == [trace.task.id for trace in traces[:3]]
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mas-hpc", "credit", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_a_reopened_run_has_the_weights_that_its_traces_were_sampled_from(folder: Path) -> None:
+    run = opened(folder)
+    for trace in trace_store.read(folder / "traces" / "rollout.jsonl"):
+        again = replay(run.engine, trace.task, trace.path, run.team, Sampling(temperature=1.0))
+        assert [completion.token_ids for completion in again] == [turn.completion_ids for turn in trace.path]
+
+
+ASKED = [
+    ("shapley", "removal"), ("shapley", "masked"), ("shapley", "resample"), ("shapley", "replacement"), ("loo", "resample"),
+    ("reward_blame", "masked"), ("first_error", "removal"), ("local", "removal"), ("outcome", "removal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "value"), ASKED)
+def test_every_method_runs_and_a_second_call_samples_nothing(cli, folder: Path, method: str, value: str) -> None:
+    words = (folder, "--method", method, "--value", value, "--replays", 1)
+    words += ("--base", folder / "model") if value == "replacement" else ()
+    code, out, err = cli(*words)
+    assert code == 0, err
+    assert f"rollout: {NUM_TASKS} traces credited" in out and f"report: {folder}" in out.replace("\n", "")
+    name = f"{method}-{value}" if method in ("shapley", "loo", "reward_blame") else method
+    results = json.loads((folder / "credit" / f"{name}.json").read_text())
+    assert (results["requests"]["sampled"] > 0) == (method not in ("local", "outcome"))
+    code, out, _ = cli(*words)
+    again = json.loads((folder / "credit" / f"{name}.json").read_text())
+    assert code == 0 and again["requests"]["sampled"] == 0
+    assert again | {"requests": None} == results | {"requests": None}
+    assert ("Nothing sampled" in out) == (method not in ("local", "outcome"))
+
+
+@pytest.fixture(scope="module")
+def prm(runs: Path) -> Path:
+    words = ("model.hidden_size=32", "data.num_digits=3", "data.num_train=12", "data.num_test=8", "method.steps=1")
+    app(["train", str(ROOT / "configs" / "prm.yaml"), *words, f"runs_dir={runs}", "name=prm"], standalone_mode=False)
+    return runs / "prm" / "model"
+
+
+def test_a_process_reward_model_credits_every_message(cli, folder: Path, prm: Path) -> None:
+    code, _, err = cli(folder, "--method", "process_reward", "--reward-model", prm)
+    assert code == 0, err
+    for trace in trace_store.read(folder / "traces" / "credit-process_reward.jsonl"):
+        assert all(turn.credit is not None and 0 < turn.credit < 1 for turn in trace.path)
+
+
+def test_adapters_come_off_for_agents_that_are_replaced(cli, runs: Path, tmp_path: Path) -> None:
+    folder = rollout(runs, "adapters", "adapters.policies=per_agent", "rollout.num_tasks=2")
+    code, _, err = cli(folder, "--value", "replacement", "--replays", 1)
+    assert code == 0, err
+    assert opened(folder).bank is not None
+    results = json.loads((folder / "credit" / "shapley-replacement.json").read_text())
+    assert all(entry["phi"]["n"] == 2 for entry in results["agents"].values())
+
+
+def edited(folder: Path, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+
+
+def only_unfinished(folder: Path) -> None:
+    file = folder / "traces" / "rollout.jsonl"
+    traces = [replace(trace, reward=None) for trace in trace_store.read(file)]
+    file.unlink()
+    trace_store.write(file, traces)
+
+
+def of_another_team(folder: Path) -> None:
+    file = folder / "traces" / "rollout.jsonl"
+    file.write_text(file.read_text().replace('"agent":"critic"', '"agent":"auditor"'))
+
+
+def another_vocabulary(folder: Path) -> None:
+    _, tokenizer = load_model(ModelConfig(hidden_size=32, num_heads=2), seed=0)
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    tokenizer.add_tokens(["x"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder / "foreign")
+    tokenizer.save_pretrained(folder / "foreign")
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ...]]] = {
+    "no folder": (shutil.rmtree, (), ("no config.yaml there; expected the folder of a run",)),
+    "no config": (lambda folder: (folder / "config.yaml").unlink(), (), ("no config.yaml there",)),
+    "no such traces": (lambda folder: None, ("--traces", "rolout"), ("--traces rolout: no ", "expected one of ['rollout']")),
+    "no traces": (lambda folder: shutil.rmtree(folder / "traces"), (), ("no traces of a rollout", "one of []")),
+    "another version": (
+        lambda folder: edited(folder, "policy_version.json", "3"), (),
+        ("rollout.jsonl: turns of policy versions 0 to 0, but the run's weights are of version 3", "or roll out again"),
+    ),
+    "alternatives of another version": (
+        lambda folder: edited(folder, "policy_version.json", "3"), ("--method", "local", "--resamples", "1"),
+        ("the run's weights are of version 3",),
+    ),
+    "weights not saved": (lambda folder: shutil.rmtree(folder / "model"), (), ("were not saved; expected", "run it again")),
+    "unfinished": (only_unfinished, (), (f"no trace that can get credit: {NUM_TASKS} unfinished", "roll out again")),
+    "empty": (lambda folder: edited(folder, "traces/rollout.jsonl", ""), (), ("credit: the file is empty",)),
+    "another team": (of_another_team, (), ("turns of agents ['auditor']", "['solver', 'critic', 'reviser', 'verifier']")),
+    "nothing replaces": (lambda folder: None, ("--value", "replacement"), ("give --base MODEL",)),
+    "another vocabulary": (
+        another_vocabulary, ("--value", "replacement", "--base", "foreign"),
+        ("--base=", "its vocabulary is not that of model.path", "choose models of one family"),
+    ),
+    "no PRM": (lambda folder: None, ("--method", "process_reward"), ("--reward-model: required", "method.kind=prm")),
+    "PRM is a policy": (
+        lambda folder: None, ("--method", "process_reward", "--reward-model", "model"), ("no reward_model.json there",),
+    ),
+    "damaged values": (
+        lambda folder: edited(folder, "credit/values.rank0.jsonl", "{}\n"), (), ("values.rank0.jsonl:1: ", "remove it"),
+    ),
+    "damaged traces": (
+        lambda folder: edited(folder, "traces/rollout.jsonl", "{}\n"), (), ("rollout.jsonl:1: ", "collect again"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it_and_the_remedy(cli, folder: Path, mistake: str) -> None:
+    make, words, expected = MISTAKES[mistake]
+    make(folder)
+    code, _, err = cli(folder, *(folder / word if word in ("foreign", "model") else word for word in words))
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert all(part in err for part in expected), err
+
+
+def test_methods_that_replay_nothing_take_traces_of_any_version(cli, folder: Path) -> None:
+    edited(folder, "policy_version.json", "3")
+    for method in ("local", "outcome"):
+        assert cli(folder, "--method", method)[0] == 0
+
+
+# ---- two ranks
+
+TWO_RANKS = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from test_credit import TOGETHER, VARYING, credit, opened, spoken_for
+from mas_hpc.distributed.world import World, connected
+with connected(World.from_env()) as world:
+    for options in TOGETHER:
+        credit(spoken_for(opened(Path({folder!r}), world), VARYING)[0], options)
+"""
+TOGETHER = (
+    CreditOptions(method="shapley", value="masked", replays=3), CreditOptions(method="loo", replays=2, value="resample"),
+    CreditOptions(method="reward_blame", replays=4, resamples=2), CreditOptions(method="first_error", replays=4),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_summary_of_one(folder: Path, tmp_path: Path) -> None:
+    record(folder, VARYING)
+    other = shutil.copytree(folder, tmp_path / "other")
+    expected = [credit(spoken_for(opened(folder), VARYING)[0], options) for options in TOGETHER]
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS.format(here=str(Path(__file__).parent), folder=str(other)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for options, one in zip(TOGETHER, expected, strict=True):
+        assert json.loads((other / "credit" / f"{options.name}.json").read_text()) == one
+        name = f"traces/credit-{options.name}.jsonl"
+        assert [trace.path for trace in trace_store.read(other / name)] == [t.path for t in trace_store.read(folder / name)]
+    assert lines_of(other, "pairs") == lines_of(folder, "pairs") != []
+    found = sorted(file.name for file in (other / "credit").glob("values*"))
+    assert found == ["values.rank0.jsonl", "values.rank1.jsonl"]
