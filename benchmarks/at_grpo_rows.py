@@ -86,7 +86,7 @@ def name_of(row: str, system: System) -> str:
 
     Numbers of samples go, since they differ between seeds. What was trained alone is the first speaker, not its team.
     """
-    row = re.sub(r"\bof \d+", "of n", row)
+    row = re.sub(r"\b(of|over) \d+", r"\1 n", row)
     if system.is_single:
         return {"team": f"{system.label}, run as a team", "solver alone": system.label}.get(row, f"{system.label}, {row}")
     if row == "team":
@@ -133,14 +133,15 @@ def winner(test: PairedSeeds, system: str) -> str:
 
 def table(task: str, rows: Sequence[SeedRow]) -> Table:
     """The rows of one task as they are printed, the strongest system of each temperature first."""
-    title = f"{task}: accuracy in %, AT-GRPO minus the system [95% over seeds]"
+    title = f"{task}: accuracy in %, AT-GRPO minus the system [95% over seeds]; tokens of AT-GRPO / of the system"
     result = Table(
         "system", "T", "n", "AT-GRPO", "system", "difference", "tokens a question", "training tokens", "wins", title=title
     )
     for row in sorted((row for row in rows if row.task == task), key=lambda row: (row.temperature, -row.theirs)):
         result.add_row(
             row.peer, f"{row.temperature:g}", str(len(row.seeds)), f"{100 * row.ours:.1f}", f"{100 * row.theirs:.1f}",
-            interval(row), f"{row.tokens_per_question[1]:.1f}", f"{row.training_tokens[1]:,.0f}", row.winner,
+            interval(row), "{:.1f} / {:.1f}".format(*row.tokens_per_question), "{:,.0f} / {:,.0f}".format(*row.training_tokens),
+            row.winner,
         )  # fmt: skip
     return result
 
@@ -149,7 +150,7 @@ def interval(row: SeedRow) -> str:
     """The difference in points, with its interval if there is one."""
     mean = f"{100 * row.difference:+.1f}"
     if row.half_width is None:
-        return f"{mean} [one seed]"
+        return f"{mean} (one seed)"
     return f"{mean} [{100 * (row.difference - row.half_width):+.1f}, {100 * (row.difference + row.half_width):+.1f}]"
 
 

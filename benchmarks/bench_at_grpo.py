@@ -22,14 +22,17 @@ from reporting import ROOT, report
 from rich.console import Console
 
 NOTES = {
+    "tasks": "the ring is made for teams: its solver cannot see which first digit works, so alone it is right about half of the "
+    "time; on the other two a single agent could in principle solve every question",
     "ours": "AT-GRPO, shared policy, each role's own verifiable reward; means over the seeds that both systems have (n)",
     "difference": "AT-GRPO minus the system, paired by seed, 95% Student-t interval; a winner's interval excludes 0. Nothing "
     "is corrected for the number of rows, and with 2 or 3 seeds intervals are wide. All seeds share their held-out questions",
     "training": "same warm start, and as many sampled tokens as AT-GRPO's steps, replays included: 2% more or 5% less, or one "
     "step. The warm start's demonstrations and the PRM's labels (ring only: other tasks have no judged steps) are not counted. "
     "Equal tokens are neither equal steps nor equal CPU seconds: systems with replays make fewer steps",
-    "controls": "majority vote of the first agent and best of n by the own critic, at the tokens a question of the same "
-    "weights' team or more; sampled, so at T=1 only",
+    "controls": "majority vote of the first agent, best of n by the own critic, and the first agent reading its own answers "
+    "(solver over n turns, which no warm start or training has shown it), at the tokens a question of the same weights' team "
+    "or more; sampled, so at T=1 only",
     "credit": "replays=1; value resample, of each sibling's own path; shapley_weight: value masked, form weight",
     "settings": "learning rates are the configurations' for all systems but adapters (2e-3); none was tuned for this table",
 }
@@ -59,7 +62,7 @@ def main() -> None:
         rows,
         notes={**NOTES, "AT-GRPO steps": steps, **totals(bench, *chosen), "commits of the jobs": commits(bench)},
     )
-    for task in arguments.tasks:
+    for task in dict.fromkeys(row.task for row in rows):
         Console(width=180).print(table(task, rows))
 
 

@@ -146,6 +146,7 @@ def test_a_winner_needs_an_interval_on_one_side_of_zero(gains: list[float], wins
     ours = [measured(seed, "AT-GRPO", 0.5 + gain) for seed, gain in enumerate(gains)]
     (row,) = compared([*ours, *(measured(seed, "loo", 0.5) for seed in range(len(gains)))])
     assert row.winner == wins
+    assert interval(row).endswith("(one seed)") == (len(gains) == 1)
     assert row.holds == (gains[0] > 0)
 
 
@@ -158,6 +159,7 @@ def test_tasks_and_temperatures_are_not_mixed() -> None:
 def test_rows_of_an_evaluation_are_named_by_system_and_control() -> None:
     assert name_of("majority vote of 4", SYSTEMS["untrained"]) == "untrained team, majority vote of n"
     assert name_of("best of 12 by own critic", SYSTEMS["at_grpo"]) == "AT-GRPO, best of n by own critic"
+    assert name_of("solver over 4 turns", SYSTEMS["untrained"]) == "untrained team, solver over n turns"
     assert name_of("team", SYSTEMS["loo"]) == "AT-GRPO, credit loo"
     assert name_of("solver alone", SYSTEMS["loo"]) == ""
     assert name_of("solver alone", SYSTEMS["single_grpo"]) == "single-agent GRPO"
