@@ -111,18 +111,18 @@ def erased(traces: Sequence[Trace], *, by_state: bool) -> Metrics:
 def _play(
     run: Run, traces: Sequence[Trace], targets: Sequence[Target], settings: CreditConfig, step: int
 ) -> tuple[list[list[float] | None], Metrics]:  # fmt: skip
-    """The rewards of the messages on each target's path, played out over the ranks; and what it cost."""
+    """The rewards of the messages on each target's path, and what they cost. A question's paths stay on one rank, and share."""
     sampling = Sampling(temperature=run.config.rollout.temperature)
     how = how_to_play(run, sampling, derive_seed(run.config.seed, "credit", step))
-    mine = targets[run.world.rank :: run.world.size]
-    games = [(traces[number].task.id, _credit(run, traces[number], turn, how, settings)) for number, turn in mine]
+    questions = list(dict.fromkeys(trace.task.id for trace in traces))
+    owner = {question: number % run.world.size for number, question in enumerate(questions)}
+    mine = [n for n, (number, _) in enumerate(targets) if owner[traces[number].task.id] == run.world.rank]
+    played = [(traces[targets[n][0]], targets[n][1]) for n in mine]
+    games = [(trace.task.id, _credit(run, trace, turn, how, settings)) for trace, turn in played]
     requests: Counter[str] = Counter()
     steps = together(games, max_live=max(1, run.config.rollout.max_rows // 8), requests=requests, on_wave=lambda: None)
     found = serve(run.engine, steps)
-    lines = [
-        json.dumps([number, rewards])
-        for number, rewards in zip(range(run.world.rank, len(targets), run.world.size), found, strict=True)
-    ]
+    lines = [json.dumps([number, rewards]) for number, rewards in zip(mine, found, strict=True)]
     rewards = dict(json.loads(line) for line in gather_lines(run.world, lines))
     costs = [json.loads(line) for line in gather_lines(run.world, [json.dumps(requests)])]
     metrics = {f"credit/{name}": float(sum(cost.get(name, 0) for cost in costs)) for name in ("asked", "sampled", "tokens")}
