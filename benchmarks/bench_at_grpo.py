@@ -22,7 +22,7 @@ from reporting import ROOT, report
 from rich.console import Console
 
 NOTES = {
-    "tasks": "the ring is made for teams: its solver cannot see which first digit works, so alone it is right about half of the "
+    "tasks": "the ring is made for teams: its solver cannot see which first digit works, so alone it is right about half the "
     "time; on the other two a single agent could in principle solve every question",
     "ours": "AT-GRPO, shared policy, each role's own verifiable reward; means over the seeds that both systems have (n)",
     "difference": "AT-GRPO minus the system, paired by seed, 95% Student-t interval; a winner's interval excludes 0. Nothing "
