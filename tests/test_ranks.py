@@ -17,7 +17,14 @@ METHODS = {
     "rm": ("method.batch_size=6",),
     "dpo": ("method.batch_size=6",),
     "ppo": ("method.tasks_per_step=8", "method.critic_warmup_steps=0", "method.minibatches=1"),
-    "at_grpo": ("method.tasks_per_step=8", "method.group_size=8", "method.credit.method=shapley", "method.eval_every=0"),
+    "at_grpo": (
+        "method.tasks_per_step=8",
+        "method.group_size=4",
+        "method.eval_every=0",
+        "method.credit.method=shapley",
+        "method.credit.value=removal",
+        "method.credit.form=weight",
+    ),
     "grpo": ("method.tasks_per_step=8", "method.group_size=8", "method.kl.coefficient=0.1"),
 }
 TRAIN_ALL = """
