@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,8 @@ def main() -> None:
     results |= {name: trivially(name, cases) for name in trivial_names()}
     rows = [*score_rows(cases, results), *cost_rows(cases, results), *fidelity_rows(cases, results)]
     rows += tree_rows(run.engine, run.test_tasks[:NUM_TINY], tiny_play(run))
+    seconds = time.process_time()
+    rows.append(cost_row(case="all of this", metric="cpu_s", ours=seconds, peer="the promise", theirs=180.0, target=1.0))
     report("credit", rows, notes=notes(cases, results, arguments.budget, arguments.steps))
     Console(width=200).print(summary(cases, results))
 

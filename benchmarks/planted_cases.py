@@ -61,6 +61,7 @@ class Case:
     check: Callable[[Sequence[Turn]], Fault | None] | None = None
     """The first error that executable checks find; None where texts cannot be checked."""
     planted: PlantedTeam | None = None
+    """The scripts' skills; None where a model speaks."""
 
     @property
     def players(self) -> tuple[str, ...]:
