@@ -275,9 +275,9 @@ def fault_rows(method: Method, cases: Sequence[Case], results: Mapping[str, Resu
     for case in cases:
         if case.name in results[method.name]:
             metric, score = ("culprit agent", culprit_named) if case.culprits else ("rank correlation", right_ranks)
-            ours, theirs = score(case, results[method.name][case.name]), score(case, results["random"][case.name])
+            ours, theirs = score(case, results[method.name][case.name]), score(case, results["everybody alike"][case.name])
             assert ours is not None and theirs is not None
-            rows.append(against(f"{method.name}: {case.name}", metric, ours, "random", theirs))
+            rows.append(against(f"{method.name}: {case.name}", metric, ours, "everybody alike", theirs))
     return rows
 
 

@@ -86,22 +86,23 @@ def gathered(path: Sequence[Turn], players: Sequence[str], rewards: Sequence[flo
 
 # ---- trivial credit: reads no text and asks no value
 
-TRIVIAL = ("random", "most talkative blamed", "most talkative praised", "first speaker blamed")
-"""`random` gives everybody the same, so that ties decide; of the rest see `trivial`. Beside them: `constant step k blamed`."""
+TRIVIAL = ("everybody alike", "most talkative blamed", "most talkative praised", "first speaker blamed")
+"""The first is chance where somebody is to be named, since ties decide, and praise for all where a sign is asked for. Beside
+these there is `constant step k blamed`."""
 NUM_STEPS = 6
 
 
 def trivial(name: str, path: Sequence[Turn], players: Sequence[str]) -> Found:
     """The credit that a trivial rule gives to a path."""
     lengths = [float(len(turn.completion_ids)) for turn in path]
-    if name == "random":
+    if name == "everybody alike":
         rewards = [1.0] * len(path)
     elif name.startswith("most talkative"):
         rewards = [length / sum(lengths) * (-1.0 if name.endswith("blamed") else 1.0) for length in lengths]
     else:
         step = 0 if name == "first speaker blamed" else int(name.split()[2])
         rewards = [-1.0 if number == step else 0.0 for number in range(len(path))]
-    return Found(messages=tuple(rewards), agents=gathered(path, players, rewards, mean=name == "random"))
+    return Found(messages=tuple(rewards), agents=gathered(path, players, rewards, mean=name == "everybody alike"))
 
 
 def trivial_names() -> tuple[str, ...]:

@@ -226,4 +226,4 @@ def test_trivial_rules_by_hand() -> None:
     assert trivial("most talkative praised", path, ("a", "b")).messages == (0.75, 0.25)
     assert trivial("first speaker blamed", path, ("a", "b")).agents == {"a": -1.0, "b": 0.0}
     assert trivial("constant step 1 blamed", path, ("a", "b")).messages == (0.0, -1.0)
-    assert naming(trivial("random", path, ("a", "b")).messages, 0) == 0.5
+    assert naming(trivial("everybody alike", path, ("a", "b")).messages, 0) == 0.5
