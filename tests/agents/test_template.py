@@ -186,6 +186,14 @@ def test_references_are_numbered_and_the_sampled_ids_stand_in_them_unchanged(cha
     assert written == [("ada", path[0].completion_ids[:-1]), ("ben", path[2].completion_ids[:-1])]
 
 
+def test_failed_turns_are_left_out_of_the_conversation_too(chat_tokenizer) -> None:
+    template = ChatTemplate(chat_tokenizer)
+    path = spoken(template, ("ada", "42"), ("critic", ""), ("ben", "41"))
+    ids, _ = team(template).prompt(TASK, reader("references"), path)
+    conversation = team(template).conversation(TASK, reader("references"), path)
+    assert render_prompt(conversation, chat_tokenizer, where="test") == ids
+
+
 def test_references_keep_the_last_token_of_an_answer_that_was_cut_off(chat_tokenizer) -> None:
     template = ChatTemplate(chat_tokenizer)
     cut = spoken(template, ("ada", "It is 4"), ended=False)

@@ -24,6 +24,7 @@ from mas_hpc.data.preferences import Pair, load_preferences
 from mas_hpc.data.steps import load_steps
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.world import World
+from mas_hpc.evaluation.report.build import build_report
 from mas_hpc.models.load import load_model
 from mas_hpc.orchestration.replay import replay
 from mas_hpc.orchestration.sampling import Sampling
@@ -246,6 +247,7 @@ def test_when_nothing_can_be_valued_the_summary_says_so(folder: Path) -> None:
     run, _ = spoken_for(opened(folder), HONEST, fails=lambda request: True)
     results = credit(run, CreditOptions(method="shapley"))
     assert results["traces"]["missing"] == NUM_TASKS and results["agents"] == {} and results["accuracy"] is None
+    assert f"{NUM_TASKS} missing" in " ".join(build_report(folder).read_text().split())
 
 
 def test_half_failing_replays_still_give_credit(folder: Path) -> None:
