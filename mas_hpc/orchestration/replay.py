@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 
 from mas_hpc.orchestration.episode import Play, Result, Steps, Team, ask, fill, parallel
 from mas_hpc.orchestration.sampling import Sampling
+from mas_hpc.orchestration.topology import Topology
 from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request, RolloutEngine, SamplingParams
 from mas_hpc.types import Task, Turn, rounds_of
 
@@ -66,6 +67,18 @@ class Counterfactual:
         present = [outcome for outcome in outcomes if not math.isnan(outcome)]
         return fmean(present) if present else math.nan
 
+    def canonical(self, question: Question) -> Question:
+        """One question for all that mean the same play: without agents who would not speak, kept prefixes by length."""
+        if isinstance(question, int) or self.value == "replacement":
+            return question
+        if self.value == "resample":
+            _, kept = self._scenario(question)
+            return len(kept) if kept == self.path[: len(kept)] else frozenset(turn.agent for turn in kept)
+        for name in sorted(question):
+            if self._restricted(question - {name}) == self._restricted(question):
+                question -= {name}
+        return question
+
     def alternatives(self, place: int, count: int) -> Steps[list[tuple[Turn, float]]]:
         """`count` new messages at the state of message `place`, and the value of each: the mean outcome from it on."""
         turn, how = self.path[place], replace(self.how, sampling=replace(self.how.sampling, group_size=count))
@@ -95,9 +108,12 @@ class Counterfactual:
                 name: agent if name in question else replace(agent, policy=BASE_POLICY) for name, agent in team.agents.items()
             }
             return replace(team, agents=agents), ()
-        answering = frozenset(name for name, agent in team.agents.items() if agent.role.produces == "answer")
-        alone = replace(team, topology=team.topology.restricted(question, answering))
-        return alone, kept if self.value == "masked" else ()
+        return replace(team, topology=self._restricted(question)), kept if self.value == "masked" else ()
+
+    def _restricted(self, present: frozenset[str]) -> Topology:
+        agents = self.how.team.agents
+        answering = frozenset(name for name, agent in agents.items() if agent.role.produces == "answer")
+        return self.how.team.topology.restricted(present, answering)
 
 
 def _until_absent(path: Sequence[Turn], present: frozenset[str]) -> list[Turn]:
@@ -134,13 +150,21 @@ def continued(task: Task, how: Play, kept: Sequence[Turn], *, origin: str) -> St
 
 
 def valued(
-    estimate: Generator[Sequence[Question], Sequence[float], Result], value: Callable[[Question], Steps[float]]
-) -> Steps[Result | None]:
-    """Answer an estimate's questions by episodes; None, and the estimate is given up, where a value is missing (nan)."""
+    estimate: Generator[Sequence[Question], Sequence[float], Result], value: Callable[[Question], Steps[float]],
+    canonical: Callable[[Question], Question] = lambda question: question,
+) -> Steps[Result | None]:  # fmt: skip
+    """Answer an estimate's questions by episodes; None, and the estimate is given up, where a value is missing (nan).
+
+    Questions with one canonical form are answered once a batch.
+    """
     try:
         questions = next(estimate)
         while True:
-            values = yield from parallel([value(question) for question in questions])
+            forms = [canonical(question) for question in questions]
+            distinct = list(dict.fromkeys(forms))
+            found = yield from parallel([value(question) for question in distinct])
+            by_form = dict(zip(distinct, found, strict=True))
+            values = [by_form[form] for form in forms]
             if any(map(math.isnan, values)):
                 estimate.close()
                 return None

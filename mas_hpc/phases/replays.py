@@ -46,7 +46,9 @@ class Game:
         """The credit of the path's messages; None where a value is missing because every replay of it failed."""
         counterfactual = self.counterfactual
         credit: Credit | None = yield from valued(
-            CREDIT[method](self.path), lambda question: counterfactual.mean(question, outcomes(self.subject(question)))
+            CREDIT[method](self.path),
+            lambda question: counterfactual.mean(question, outcomes(self.subject(question))),
+            counterfactual.canonical,
         )
         return credit
 

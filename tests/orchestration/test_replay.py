@@ -418,6 +418,60 @@ def test_values_may_be_asked_in_several_batches(alone: Team, task: Task, tokeniz
     assert serve(engine, valued(estimate(), lambda coalition: replayed.mean(coalition, {}))) == [1.0, 0.0, 1.0]
 
 
+# ---- questions that mean the same play
+
+
+def test_coalitions_that_play_alike_are_one_question(pipeline: Team, task: Task, tokenizer) -> None:
+    trace = record(pipeline, task, tokenizer)
+    for value in ("removal", "masked"):
+        canonical = counterfactual(pipeline, task, trace.path, value).canonical
+        found = {
+            "".join(name[0] for name in NAMES if name in coalition): canonical(coalition) for coalition in coalitions(NAMES)
+        }
+        assert set(found.values()) == {
+            of(), of("solver"), of("reviser"), of("solver", "reviser"), of("critic", "reviser"), EVERYBODY - {"verifier"},
+        }  # fmt: skip
+        assert found["scv"] == of("solver") and found["crv"] == of("critic", "reviser") and found["cv"] == of()
+    assert counterfactual(pipeline, task, trace.path, "replacement").canonical(of("verifier")) == of("verifier")
+
+
+def test_resampled_coalitions_that_keep_a_prefix_are_that_prefix(team: Team, task: Task, tokenizer) -> None:
+    debate = FORMS["debate"](team)
+    canonical = counterfactual(debate, task, record(debate, task, tokenizer).path, "resample").canonical
+    assert [canonical(coalition) for coalition in (of(), of("ada"), of("ben"), of("ada", "ben"))] == [0, 1, of("ben"), 4]
+    assert canonical(3) == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("value", ["removal", "masked", "resample", "replacement"])
+def test_the_canonical_question_asks_for_the_same_completions_and_has_the_same_outcome(
+    team: Team, task: Task, tokenizer, form: str, value: ValueFunction
+) -> None:
+    team = FORMS[form](team)
+    for seed in range(3):
+        replayed = counterfactual(team, task, record(team, task, tokenizer, seed=seed).path, value)
+        for coalition in coalitions(list(team.agents)):
+            plain, canonical = ScriptedEngine(chance, tokenizer), ScriptedEngine(chance, tokenizer)
+            expected = serve(plain, replayed.outcome(coalition, 0))
+            assert serve(canonical, replayed.outcome(replayed.canonical(coalition), 0)) == expected
+            assert canonical.requests == plain.requests
+
+
+def test_a_question_is_answered_once_a_batch_in_all_its_forms(alone: Team, task: Task, tokenizer) -> None:
+    def estimate() -> Estimate[Question, list[float]]:
+        return (yield [of("solver"), of(), of("solver", "ghost")])
+
+    engine, asked_for = ScriptedEngine(lambda request: "012", tokenizer), []
+    replayed = counterfactual(alone, task, (), "removal", num_replays=2)
+
+    def value(question: Question) -> Steps[float]:
+        asked_for.append(question)
+        return replayed.mean(question, {})
+
+    assert serve(engine, valued(estimate(), value, replayed.canonical)) == [1.0, 0.0, 1.0]
+    assert asked_for == [of("solver"), of()] and len(engine.requests) == 2
+
+
 # ---- alternatives
 
 

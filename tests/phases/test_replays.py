@@ -86,10 +86,9 @@ def credits_of(
 def test_two_episodes_of_a_question_share_one_coalition_tree(how: Play, traces, tokenizer, tmp_path: Path) -> None:
     engine = ScriptedEngine(chance, tokenizer)
     found, requests = credits_of([game(trace, how) for trace in traces], engine, ValueStore(tmp_path, rank=0))
-    # The tree has 7 nodes. An episode asks for 1 call in the 6 coalitions that are a solver or a reviser alone to the
-    # answer, 2 calls in the 4 of two such speakers and 3 calls in the 2 of three: 20 a replay.
+    # The tree has 7 nodes. An episode asks for the coalitions S, R, SR, CR and SCR once: the others play the same.
     assert requests["sampled"] == len(engine.requests) == 4 * 2 * 7
-    assert requests["asked"] == 4 * 2 * 2 * (6 * 1 + 4 * 2 + 2 * 3)
+    assert requests["asked"] == 4 * 2 * 2 * (1 + 1 + 2 + 2 + 3)
     assert requests["tokens"] == sum(len(chance(request)) for request in engine.requests)
     assert found[0] == found[1] and len({credit.attribution.phi for credit in found if credit}) > 1
 
@@ -200,8 +199,8 @@ def test_after_each_batch_the_outcomes_that_it_decided_are_there_to_be_kept(
         max_live=1, requests=Counter(), on_wave=lambda: known.append(len(outcomes)),
     )  # fmt: skip
     serve(ScriptedEngine(chance, tokenizer), steps)
-    # 2 replays of 4 coalitions without an answer and 6 of one call, then of 4 of two calls, then of 2 of three.
-    assert known == [2 * 10, 2 * 14, 2 * 16]
+    # 2 replays of nobody, of S and R by one call, then of SR and CR by two calls, then of SCR by three.
+    assert known == [2 * 3, 2 * 5, 2 * 6]
 
 
 def test_games_are_credited_in_their_own_places_when_questions_alternate(how: Play, traces, tokenizer, tmp_path: Path) -> None:
