@@ -7,7 +7,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 
 from at_grpo_jobs import SYSTEMS, Bench, Job, System, chain
@@ -174,6 +173,7 @@ def _total(label: str, records: Sequence[Mapping]) -> str:
 
 
 def commits(bench: Bench) -> str:
-    """The commits that the jobs ran at."""
-    found = {json.loads(file.read_text()).get("commit", "") for file in Path(bench.folder).glob("*/*.json")}
-    return ", ".join(sorted(commit[:12] for commit in found if commit))
+    """The commits that the jobs ran at; "+changes" where the tree differed from it."""
+    records = [json.loads(file.read_text()) for file in bench.folder.glob("*/*.json")]
+    found = {record["commit"].partition("+") for record in records if record.get("commit")}
+    return ", ".join(sorted(head[:7] + plus + changes for head, plus, changes in found))

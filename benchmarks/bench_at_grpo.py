@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench-at_grpo")
     parser.add_argument("--processes", type=int, default=1, help="jobs at a time, each on one thread")
     parser.add_argument("--report-only", action="store_true", help="run nothing; report what is finished")
+    parser.add_argument("--note", default="", help="what the results should say about this run")
     arguments = parser.parse_args()
     bench, chosen = (
         Bench(folder=arguments.folder.resolve(), steps=arguments.steps),
@@ -57,11 +58,8 @@ def main() -> None:
         run(bench, waves(*chosen), arguments.processes)
     rows = compared(collected(bench, *chosen))
     steps = ", ".join(f"{task} {bench.steps_of(task)}" for task in arguments.tasks)
-    report(
-        "at_grpo",
-        rows,
-        notes={**NOTES, "AT-GRPO steps": steps, **totals(bench, *chosen), "commits of the jobs": commits(bench)},
-    )
+    run_notes = {"AT-GRPO steps": steps, **totals(bench, *chosen), "commits of the jobs": commits(bench)}
+    report("at_grpo", rows, notes={**NOTES, **run_notes, **({"this run": arguments.note} if arguments.note else {})})
     for task in dict.fromkeys(row.task for row in rows):
         Console(width=180).print(table(task, rows))
 

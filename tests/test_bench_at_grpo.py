@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its modules import each other as scripts do
 
 from at_grpo_jobs import SYSTEMS, TASKS, Bench, Job, equal_steps, is_equal, run_to_end, waves  # noqa: E402
-from at_grpo_rows import Measured, collected, compared, interval, name_of, table, totals  # noqa: E402
+from at_grpo_rows import Measured, collected, commits, compared, interval, name_of, table, totals  # noqa: E402
 from bench_at_grpo import Progress  # noqa: E402
 
 
@@ -179,6 +179,13 @@ def test_only_finished_evaluations_are_reported(tmp_path: Path) -> None:
     (found,) = collected(bench, *chosen)
     assert (found.system, found.accuracy, found.tokens, found.training_tokens) == ("AT-GRPO", 0.5, 21.0, 500.0)
     assert totals(bench, *chosen) == {"sampled to train, ring": "AT-GRPO: 500 tokens in 2 steps, 10 CPU s"}
+
+
+def test_commits_say_which_of_them_were_changed(tmp_path: Path) -> None:
+    (tmp_path / "ring-1").mkdir()
+    for name, commit in (("warm", "a" * 40), ("prm", "a" * 40 + "+changes"), ("loo-2", "a" * 40), ("other", "")):
+        (tmp_path / "ring-1" / f"{name}.json").write_text(json.dumps({"commit": commit}))
+    assert commits(Bench(folder=tmp_path, steps=2)) == "aaaaaaa, aaaaaaa+changes"
 
 
 def test_time_left_is_that_of_the_jobs_that_are_not_finished() -> None:
