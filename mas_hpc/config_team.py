@@ -142,6 +142,6 @@ class TeamConfig(Section):
                 f"rounds={self.rounds}: only a pipeline that ends in a reviser and a verifier, or names loop_from, goes again; "
                 f"team.topology is {self.topology}, the last roles are {roles[-2:]}"
             )
-        if self.stop_when_accepted and self.topology != "pipeline":
+        if self.stop_when_accepted and self.topology not in ("pipeline", "single"):
             raise ValueError(f"stop_when_accepted=true: only a pipeline stops early, not {self.topology}; set it to false")
         return self
