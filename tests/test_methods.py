@@ -336,7 +336,7 @@ def test_a_folder_that_is_no_reward_model_is_refused(cli: Cli, runs: Path, solve
             ("team.topology=pipeline", "method.kl={coefficient: 0.1, target: 1.0, horizon: 50.0}"),
             "a step has 256 sequences, which could turn the coefficient negative; set it above 51.2",
         ),
-        ("grpo", ("team.agents=[{name: critic, role: critic}]",), "no agent of the team gives an answer"),
+        ("grpo", ("team.agents=[{name: critic, role: critic}]",), "expected an agent whose role gives an answer"),
         ("dpo", ("data={kind: steps, path: steps.jsonl}",), "set data.kind to preferences"),
         ("rm", ("data={kind: documents, path: texts.jsonl}",), "set data.kind to preferences"),
         ("prm", ("data={kind: addition}",), "set data.kind=steps, or ring"),

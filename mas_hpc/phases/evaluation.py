@@ -92,7 +92,9 @@ def controls(
     """Majority vote of the first agent, and its fresh tries judged by the first critic, at the team's tokens or more."""
     first = traces[0].path[0].agent
     critic = next((name for name, agent in run.team.agents.items() if agent.role.produces == "verdict"), None)
-    rows = [vote(run, tasks, sampling, traces, team), multi_turn(run, tasks, sampling, traces, team)]
+    rows = [vote(run, tasks, sampling, traces, team)]
+    if any(len(trace.path) > 1 for trace in traces):
+        rows.append(multi_turn(run, tasks, sampling, traces, team))
     if critic is not None:
         judged = replace(run.team, topology=Pipeline(agents=(first, critic)))
         made = best_of_n(run, tasks, sampling, judged, team.tokens_per_question)

@@ -76,11 +76,6 @@ def check(run: Run, method: OnlineMethod) -> None:
             f"method.truncated={method.truncated}, method.overlong_buffer={method.overlong_buffer}: the tiny model's turns "
             "have a fixed length and no end token; set truncated=keep and overlong_buffer=0"
         )
-    answers = any(agent.role.produces == "answer" for agent in run.team.agents.values())
-    if isinstance(method, GRPOConfig) and method.group_by == "task" and not answers:
-        raise ConfigError(
-            "method.group_by=task: no agent of the team gives an answer, so no episode has an outcome; set it to agent"
-        )
     replacing = isinstance(method, GroupConfig) and method.credit.method != "local" and method.credit.value == "replacement"
     if replacing and run.config.adapters.policies == "shared":
         raise ConfigError(
