@@ -9,7 +9,7 @@ import argparse
 import math
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +176,7 @@ def credits_of(method: Method, case: Case, traces: Sequence[Trace], replays: int
     for trace in traces:
         path = credit_path(method, case, trace, replays)
         game = Game(task=trace.task, path=path, how=case.how, value=method.value, num_replays=replays)
-        steps.append((trace.task.id, game.credit(method.credit, defaultdict(dict).__getitem__)))
+        steps.append((trace.task.id, game.credit(method.credit)))
     return serve(case.engine, together(steps, max_live=MAX_LIVE, requests=calls, on_wave=lambda: None)), calls
 
 

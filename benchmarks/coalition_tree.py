@@ -47,7 +47,7 @@ def by_tree(engine: RolloutEngine, traces: Sequence[Trace], how: Play) -> Replay
     for trace in traces:
         path = Path(turns=trace.path, players=tuple(how.team.agents), outcome=trace.reward or 0.0)
         game = Game(task=trace.task, path=path, how=how, value="removal", num_replays=REPLAYS)
-        steps.append((trace.task.id, game.credit("shapley", defaultdict(dict).__getitem__)))
+        steps.append((trace.task.id, game.credit("shapley")))
     found = serve(engine, together(steps, max_live=MAX_LIVE, requests=calls, on_wave=lambda: None))
     return Replayed(phi=tuple(credit.attribution.phi for credit in found), calls=calls["sampled"])
 

@@ -132,6 +132,8 @@ class TeamConfig(Section):
             raise ValueError(f"topology={self.topology}: roles {roles}; expected an agent whose role gives an answer{beside}")
         if self.loop_from and (self.topology != "pipeline" or self.loop_from not in [agent.name for agent in self.agents]):
             raise ValueError(f"loop_from={self.loop_from!r}: expected the name of an agent of a pipeline")
+        if self.loop_from and self.rounds == 1:
+            raise ValueError(f"loop_from={self.loop_from!r}: with rounds=1 nobody goes again; set rounds to 2 or more")
         if self.topology == "pipeline" and self.looped and self.rounds > 1 and self.produces(self.agents[-1]) != "verdict":
             raise ValueError(
                 f"loop_from={self.loop_from!r}: the last agent sends back by verdict, but its role {roles[-1]!r} gives none; "

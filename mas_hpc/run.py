@@ -19,7 +19,7 @@ from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import ConfigError, DataError, MasHpcError
+from mas_hpc.errors import CheckpointError, ConfigError, DataError, MasHpcError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.heads import ScalarHead
@@ -148,7 +148,10 @@ def _assemble(config: RunConfig, world: World, console: Console, claim: Callable
 
 def load_other(config: RunConfig, path: str, tokenizer: Any, key: str) -> Any:
     """A model of the run's vocabulary beside its own. Raises ConfigError for another vocabulary."""
-    model, its_tokenizer = load_model(config.model.model_copy(update={"path": path}), seed=config.seed)
+    try:
+        model, its_tokenizer = load_model(config.model.model_copy(update={"path": path}), seed=config.seed)
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(str(error).replace("model.path=", f"{key}=", 1)) from None
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{key}={path!r}: its vocabulary is not that of model.path={config.model.path!r}, so the agents could not read "

@@ -79,16 +79,13 @@ class Counterfactual:
                 question -= {name}
         return question
 
-    def alternatives(self, place: int, count: int) -> Steps[list[tuple[Turn, float]]]:
-        """`count` new messages at the state of message `place`, and the value of each: the mean outcome from it on."""
+    def alternatives(self, place: int, count: int) -> Steps[list[Turn]]:
+        """`count` new messages at the state of message `place`."""
         turn, how = self.path[place], replace(self.how, sampling=replace(self.how.sampling, group_size=count))
         agent = how.team.agents[turn.agent]
         drafts, requests = ask(self.task, how, agent, self.state(place), f"{self.task.id}~instead/", place)
         completions = yield requests
-        siblings = [fill(draft, completion, how.team) for draft, completion in zip(drafts, completions, strict=True)]
-        kept = [replace(self, path=(*self.path[:place], sibling)) for sibling in siblings]
-        values = yield from parallel([branch.mean(place + 1, {}) for branch in kept])
-        return list(zip(siblings, values, strict=True))
+        return [fill(draft, completion, how.team) for draft, completion in zip(drafts, completions, strict=True)]
 
     def state(self, place: int) -> tuple[Turn, ...]:
         """The turns that the author of message `place` could read: those of the rounds before its own."""

@@ -97,12 +97,13 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
     scores = _scores(run, mine, options)
     looks = options.method in ("first_error", "reward_blame")
     located = find_faults(run, mine, options.localizer, scores) if looks else Located(faults=[None] * len(mine))
-    games = [
-        _game(run, trace, how, options, score, fault)
-        for trace, score, fault in zip(mine, scores or [()] * len(mine), located.faults, strict=True)
-    ]
     store = ValueStore(run.folder / "credit", rank=run.world.rank)
     gather_lines(run.world, ["ready"])  # all have read the store before anybody adds to it
+    weights = weights_digest(run.model, *run.other_models.values())
+    games = [
+        replace(_game(run, trace, how, options, score, fault), outcomes=lambda subject: store.of(f"{subject} | {weights}"))
+        for trace, score, fault in zip(mine, scores or [()] * len(mine), located.faults, strict=True)
+    ]
     requests = Counter(known=store.num_found if run.world.is_first else 0, unparseable=located.unparseable)
     found = _play(run, games, options, store, requests)
     numbers = range(run.world.rank, len(selection.traces), run.world.size)
@@ -186,7 +187,8 @@ def _with_base(run: Run, options: CreditOptions) -> Run:
     if options.base:
         model = load_other(run.config, options.base, run.tokenizer, "--base")
         engine = NativeEngine(model, run.tokenizer, max_rows=run.config.rollout.max_rows)
-        return replace(run, engine=RoutedEngine(run.engine, {BASE_POLICY: engine}))
+        others = {**run.other_models, BASE_POLICY: model}
+        return replace(run, engine=RoutedEngine(run.engine, {BASE_POLICY: engine}), other_models=others)
     if run.bank is None:
         raise ConfigError(
             "--value replacement: the team is one full model without adapters, so nothing says which policy replaces an "
@@ -227,13 +229,10 @@ def _play(
     run: Run, games: Sequence[Game], options: CreditOptions, store: ValueStore, requests: Counter[str]
 ) -> list[dict[str, Any] | None]:  # fmt: skip
     """One record a game; what was sampled until an interruption is kept."""
-    weights = weights_digest(run.network())
     bar, advance = run.progress(f"credit: {options.method}", len(games))
 
     def whole(game: Game) -> Steps[dict[str, Any] | None]:
-        credit = yield from game.credit(
-            options.method, lambda subject: store.of(f"{subject} | weights {weights}{options.base}")
-        )
+        credit = yield from game.credit(options.method)
         rows = (yield from training_rows(game, credit, options.resamples, options.pairs)) if credit else {}
         advance()
         return record(game, credit, rows) if credit else None

@@ -31,7 +31,7 @@ def training_rows(game: Game, credit: Credit, count: int, which: Literal["faults
         return rows
     fault = credit.failure.first_error if credit.failure else None
     for place in range(len(game.path.turns)) if which == "all" else [] if fault is None else [fault]:
-        siblings = yield from _siblings(game, credit, place, count)
+        siblings = yield from game.siblings(place, count)
         rows["unvalued"] += [{"turn": turn.id} for turn, value in siblings if isnan(value)]
         valued = [(turn, value) for turn, value in siblings if not isnan(value) and turn.text.strip()]
         if which == "faults":
@@ -49,17 +49,6 @@ def training_rows(game: Game, credit: Credit, count: int, which: Literal["faults
             if best[1] > game.path.settings.threshold:
                 rows["positives"].append(_prompt(game, place) | {"completion": _answer(game, place, best[0])})
     return rows
-
-
-def _siblings(game: Game, credit: Credit, place: int, count: int) -> Steps[list[tuple[Turn, float]]]:
-    """The recorded message and its alternatives, each with its value."""
-    counterfactual = game.counterfactual
-    fresh = yield from counterfactual.alternatives(place, count)
-    if credit.values:
-        value = credit.values[place + 1]
-    else:
-        value = yield from counterfactual.mean(place + 1, {})
-    return [(game.path.turns[place], value), *fresh]
 
 
 def _value(sibling: tuple[Turn, float]) -> float:

@@ -142,6 +142,5 @@ def _credit(run: Run, trace: Trace, turn: Turn, how: Play, settings: CreditConfi
         settings=MessageRewardSettings(epsilon=max(0.15, 1.5 / settings.replays) if settings.replays > 1 else 0.5),
     )  # fmt: skip
     game = Game(task=trace.task, path=asked, how=how, value=settings.value, num_replays=settings.replays)
-    outcomes: dict[str, dict] = defaultdict(dict)
-    credit = yield from game.credit(settings.method, outcomes.__getitem__)
+    credit = yield from game.credit(settings.method)
     return None if credit is None or any(map(isnan, credit.rewards)) else list(credit.rewards)

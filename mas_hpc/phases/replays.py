@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from mas_hpc.credit_assignment.credit import CREDIT, Credit, CreditMethod, Path, Question
@@ -12,7 +12,7 @@ from mas_hpc.data.value_store import Key, path_digest
 from mas_hpc.orchestration.episode import Play, Result, Steps, parallel
 from mas_hpc.orchestration.replay import Counterfactual, ValueFunction, shared, valued
 from mas_hpc.rollout.engine import Completion
-from mas_hpc.types import Task
+from mas_hpc.types import Task, Turn
 
 Outcomes = MutableMapping[Key, float]
 
@@ -27,6 +27,9 @@ class Game:
     value: ValueFunction
     num_replays: int
 
+    outcomes: Callable[[str], Outcomes] = field(default_factory=lambda: defaultdict[str, dict](dict).__getitem__)
+    """Where outcomes are looked up and kept, by subject."""
+
     @property
     def counterfactual(self) -> Counterfactual:
         """What answers the questions."""
@@ -34,23 +37,34 @@ class Game:
             task=self.task, path=self.path.turns, how=self.how, value=self.value, num_replays=self.num_replays
         )  # fmt: skip
 
-    def subject(self, question: Question) -> str:
-        """What an outcome belongs to: a coalition that plays anew belongs to the question, all else to the recorded path."""
-        anew = isinstance(question, frozenset) and self.value in ("removal", "replacement")
-        kind = "prefix" if isinstance(question, int) else self.value
-        sampling = self.how.sampling
-        drawn = f"T {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, seed {self.how.seed}"
-        return f"{self.task.id} | {kind} | {'' if anew else path_digest(self.path.turns)} | {drawn}"
-
-    def credit(self, method: CreditMethod, outcomes: Callable[[str], Outcomes]) -> Steps[Credit | None]:
+    def credit(self, method: CreditMethod) -> Steps[Credit | None]:
         """The credit of the path's messages; None where a value is missing because every replay of it failed."""
         counterfactual = self.counterfactual
         credit: Credit | None = yield from valued(
-            CREDIT[method](self.path),
-            lambda question: counterfactual.mean(question, outcomes(self.subject(question))),
-            counterfactual.canonical,
+            CREDIT[method](self.path), lambda question: self._mean(counterfactual, question), counterfactual.canonical
         )
         return credit
+
+    def siblings(self, place: int, count: int) -> Steps[list[tuple[Turn, float]]]:
+        """Message `place` and `count` alternatives to it, each with the mean outcome from it on; nan if all replays failed."""
+        counterfactual = self.counterfactual
+        fresh = yield from counterfactual.alternatives(place, count)
+        turns = [self.path.turns[place], *fresh]
+        branches = [replace(counterfactual, path=(*self.path.turns[:place], turn)) for turn in turns]
+        values = yield from parallel([self._mean(branch, place + 1) for branch in branches])
+        return list(zip(turns, values, strict=True))
+
+    def _mean(self, counterfactual: Counterfactual, question: Question) -> Steps[float]:
+        return counterfactual.mean(question, self.outcomes(self._subject(counterfactual.path, question)))
+
+    def _subject(self, path: tuple[Turn, ...], question: Question) -> str:
+        """What an outcome belongs to: coalitions that play anew to the question, prefixes to what is kept, others to the path."""
+        anew = isinstance(question, frozenset) and self.value in ("removal", "replacement")
+        kind = "prefix" if isinstance(question, int) else self.value
+        kept = () if anew else path[:question] if isinstance(question, int) else path
+        sampling = self.how.sampling
+        drawn = f"T {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, seed {self.how.seed}"
+        return f"{self.task.id} | {kind} | {path_digest(kept) if kept else ''} | {drawn}"
 
 
 def together(

@@ -13,6 +13,7 @@ from uuid import uuid4
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
@@ -44,7 +45,7 @@ def with_reference(samples: Sequence[Sample], network: Network, world: World, *,
 
 def _digest(samples: Sequence[Sample], network: Network) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    _add_weights(digest, network)
+    _add_weights(digest, network.model)
     digest.update(json.dumps(_layout(network), default=str).encode())
     for sample in samples:
         masked = [int(trained) for trained in sample.loss_mask]
@@ -53,15 +54,16 @@ def _digest(samples: Sequence[Sample], network: Network) -> str:
     return digest.hexdigest()
 
 
-def weights_digest(network: Network) -> str:
+def weights_digest(*models: PreTrainedModel) -> str:
     """Names the weights, adapters included, by their bytes."""
     digest = hashlib.blake2b(digest_size=8)
-    _add_weights(digest, network)
+    for model in models:
+        _add_weights(digest, model)
     return digest.hexdigest()
 
 
-def _add_weights(digest: hashlib.blake2b, network: Network) -> None:
-    for name, tensor in sorted(network.model.state_dict().items()):
+def _add_weights(digest: hashlib.blake2b, model: PreTrainedModel) -> None:
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
