@@ -122,11 +122,13 @@ def print_credit(console: Console, results: Mapping[str, Any], folder: Path) -> 
     title = f"{results['method']}{value}: credit per agent, 95% intervals over questions"
     table = Table("agent", title=title, title_justify="left")
     attribution = "leave-one-out" if results["method"] == "loo" else "Shapley value"
-    for column in (attribution, "per message", "messages", "first errors"):
+    attributed = any(entry["phi"]["n"] for entry in results["agents"].values())
+    for column in (*([attribution] if attributed else []), "per message", "messages", "first errors"):
         table.add_column(column, justify="right", no_wrap=True)
     for agent, entry in results["agents"].items():
         counts = (str(entry["message"]["n"]), str(entry["first_errors"]))
-        table.add_row(agent, _interval(entry["phi"]), _interval(entry["message"]), *counts)
+        phi = [_interval(entry["phi"])] if attributed else []
+        table.add_row(agent, *phi, _interval(entry["message"]), *counts)
     console.print(table)
     console.print(_sentence(results), highlight=False, soft_wrap=True)
     rows = {name: number for name, number in results["rows"].items() if number and name in ROWS}

@@ -58,7 +58,7 @@ class Game:
         return counterfactual.mean(question, self.outcomes(self._subject(counterfactual.path, question)))
 
     def _subject(self, path: tuple[Turn, ...], question: Question) -> str:
-        """What an outcome belongs to: a coalition that plays anew to the question, a prefix to its turns, others to the path."""
+        """What an outcome belongs to: a coalition that plays anew to the question, a prefix to its turns, else to the path."""
         anew = isinstance(question, frozenset) and self.value in ("removal", "replacement")
         kind = "prefix" if isinstance(question, int) else self.value
         kept = () if anew else path[:question] if isinstance(question, int) else path
