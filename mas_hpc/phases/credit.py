@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mas_hpc.credit_assignment.credit import Credit, CreditMethod
 from mas_hpc.credit_assignment.credit import Path as CreditPath
-from mas_hpc.credit_assignment.error_localization import Fault
+from mas_hpc.credit_assignment.error_localization import Fault, repairs
 from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings
 from mas_hpc.data import trace_store
 from mas_hpc.data.value_store import ValueStore
@@ -257,11 +257,19 @@ def record(game: Game, credit: Credit, rows: Mapping[str, Any]) -> dict[str, Any
         "agents": list(game.path.agents),
         "rewards": [None if isnan(reward) else reward for reward in credit.rewards],
         "phi": dict(zip(attribution.players, attribution.phi, strict=True)) if attribution else {},
+        "standard_error": [None if isnan(error) else error for error in attribution.standard_error] if attribution else [],
         "total": attribution.full - attribution.empty if attribution else None,
         "unplaced": credit.unplaced,
         "values": list(credit.values),
         "failure": asdict(credit.failure) if credit.failure else None,
-        "fault": asdict(credit.fault) if credit.fault else None,
+        "fault": _fault_row(game, credit, credit.fault) if credit.fault else None,
         "steps": step_row(game, credit),
         **rows,
     }
+
+
+def _fault_row(game: Game, credit: Credit, fault: Fault) -> dict[str, Any]:
+    """The first error, and the later turns that tried to repair it: by their values, or by correcting what was wrong."""
+    values = dict(enumerate(credit.values))
+    spared = repairs(game.path.turns, fault.turn, epsilon=game.path.settings.epsilon, values=values)
+    return {**asdict(fault), "repairs": list(spared)}

@@ -91,11 +91,14 @@ def _rows(found: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
 
 
 def write(run: Run, options: CreditOptions, selection: Selection, records: Records, results: Mapping[str, Any]) -> None:
-    """credit/<name>.json, the rows (pairs, positives, steps, faults), and the traces with their credit."""
+    """credit/<name>.json, a line a trace in <name>.jsonl, the rows for training, and the traces with their credit."""
     folder = run.folder / "credit"
     folder.mkdir(exist_ok=True)
     (folder / f"{options.name}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     found = [records[number] for number in sorted(records)]
+    bulky = {*ROWS, "unvalued"}
+    plain = [{name: value for name, value in entry.items() if name not in bulky} for entry in found]
+    _replace(folder / f"{options.name}.jsonl", [json.dumps(entry) for entry in plain])
     for name in ROWS:
         if rows := _rows(found, name):
             _replace(folder / f"{name}.jsonl", [json.dumps(row) for row in rows])
