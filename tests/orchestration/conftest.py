@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+
 import pytest
 
 from mas_hpc.agents.agent import Agent
 from mas_hpc.agents.role import ROLES
 from mas_hpc.agents.template import CompactTemplate
 from mas_hpc.config import ModelConfig
+from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.load import load_model
-from mas_hpc.orchestration.episode import Team
+from mas_hpc.orchestration.collect import collect
+from mas_hpc.orchestration.episode import Play, Team
+from mas_hpc.orchestration.replay import Counterfactual, ValueFunction
+from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.orchestration.topology import Pipeline
-from mas_hpc.types import Task
+from mas_hpc.rollout.engine import Completion, Request
+from mas_hpc.rollout.scripted import Behaviour, ScriptedEngine
+from mas_hpc.types import Task, Trace, Turn
 
 NAMES = ("solver", "critic", "reviser", "verifier")
 EVERYBODY = frozenset(NAMES)
@@ -37,10 +48,8 @@ def task() -> Task:
 
 @pytest.fixture
 def pipeline(team: Team) -> Team:
+    """The four in a line, nobody twice."""
     return replace(team, topology=Pipeline(agents=NAMES))
-
-
-# ---- helpers
 
 
 def of(*names: str) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Play, Team
 from mas_hpc.orchestration.replay import ValueFunction
 from mas_hpc.orchestration.sampling import Sampling
-from mas_hpc.orchestration.topology import Pipeline
+from mas_hpc.orchestration.topology import Debate, Pipeline
 from mas_hpc.phases.replays import Game, noted, together
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import Behaviour, ScriptedEngine
@@ -66,8 +67,13 @@ def traces(how: Play, tokenizer) -> list[Trace]:
 
 
 def game(trace: Trace, how: Play, value: ValueFunction = "removal", num_replays: int = 2) -> Game:
-    path = CreditPath(turns=trace.path, players=NAMES, outcome=float(trace.reward or 0.0))
+    path = CreditPath(turns=trace.path, players=tuple(how.team.agents), outcome=float(trace.reward or 0.0))
     return Game(task=trace.task, path=path, how=how, value=value, num_replays=num_replays)
+
+
+def keeping(one: Game, store: ValueStore) -> Game:
+    """The game with its outcomes on disk."""
+    return replace(one, outcomes=store.of)
 
 
 def credits_of(
@@ -75,7 +81,7 @@ def credits_of(
 ) -> tuple[list[Credit | None], Counter[str]]:
     """As a credit run does it."""
     requests: Counter[str] = Counter()
-    numbered = [(one.task.id, one.credit(method, store.of)) for one in games]
+    numbered = [(one.task.id, keeping(one, store).credit(method)) for one in games]
     steps = together(numbered, max_live=max_live, requests=requests, on_wave=store.flush)
     try:
         return serve(engine, steps), requests
@@ -195,7 +201,7 @@ def test_after_each_batch_the_outcomes_that_it_decided_are_there_to_be_kept(
     store, one, known = ValueStore(tmp_path, rank=0), game(traces[0], how), []
     outcomes = store.of(subject(one, frozenset()))
     steps = together(
-        [(one.task.id, one.credit("shapley", store.of))],
+        [(one.task.id, keeping(one, store).credit("shapley"))],
         max_live=1, requests=Counter(), on_wave=lambda: known.append(len(outcomes)),
     )  # fmt: skip
     serve(ScriptedEngine(chance, tokenizer), steps)
@@ -210,11 +216,20 @@ def test_games_are_credited_in_their_own_places_when_questions_alternate(how: Pl
     assert [credit.rewards[0] for credit in found if credit] == [trace.reward for trace in mixed]
 
 
+def test_noted_steps_show_what_was_served_and_return_as_before(tokenizer, how: Play, traces) -> None:
+    engine, one = ScriptedEngine(chance, tokenizer), game(traces[0], how).counterfactual
+    served: list[list[Completion]] = []
+    outcome = serve(engine, noted(one.outcome(frozenset(NAMES), 0), served.append))
+    assert outcome == serve(engine, one.outcome(frozenset(NAMES), 0))
+    assert [[completion.text for completion in batch] for batch in served] == [[chance(r)] for r in engine.requests[:3]]
+
+
 # ---- what an outcome belongs to
 
 
 def subject(one: Game, question: Question) -> str:
-    return one.subject(question)
+    """Where the game looks for outcomes of the question."""
+    return one._subject(one.path.turns, question)
 
 
 def test_a_coalition_that_plays_anew_belongs_to_the_question_and_all_else_to_the_path(how: Play, traces) -> None:
@@ -234,6 +249,30 @@ def test_a_prefix_is_worth_the_same_under_every_value_function(how: Play, traces
     assert len(found) == 1 and found.isdisjoint({subject(game(traces[1], how), 2)})
 
 
+def test_a_prefix_belongs_to_the_turns_that_it_keeps(how: Play, traces) -> None:
+    one = game(traces[0], how)
+    whole = [subject(one, kept) for kept in range(5)]
+    assert len(set(whole)) == 5
+    for place, turn in enumerate(one.path.turns):
+        turns = list(one.path.turns)
+        turns[place] = replace(turn, completion_ids=(*turn.completion_ids, 1))
+        other = replace(one, path=replace(one.path, turns=tuple(turns)))
+        assert [subject(other, kept) == whole[kept] for kept in range(5)] == [kept <= place for kept in range(5)]
+    assert subject(game(traces[2], how), 0) != whole[0], "another question"
+
+
+def test_the_empty_prefix_is_sampled_once_for_all_episodes_of_a_question(
+    how: Play, traces, tokenizer, tmp_path: Path
+) -> None:  # fmt: skip
+    store, engine = ValueStore(tmp_path, rank=0), ScriptedEngine(chance, tokenizer)
+    for trace in traces[:2]:
+        one = keeping(game(trace, how), store)
+        path = replace(one.path, outcome=0.0, localized=True)  # a failure asks for its baseline alone
+        assert serve(engine, replace(one, path=path).credit("first_error")) is not None
+        assert len(engine.requests) == 2 * 4
+    assert [question for question, _ in store.of(subject(one, 0))] == [0, 0]
+
+
 def test_outcomes_of_another_seed_or_another_distribution_are_others(how: Play, traces) -> None:
     hot = replace(how.sampling, temperature=1.5)
     plays = [
@@ -245,9 +284,88 @@ def test_outcomes_of_another_seed_or_another_distribution_are_others(how: Play, 
         assert len({subject(game(traces[0], play), question) for play in plays}) == 5
 
 
-def test_noted_steps_show_what_was_served_and_return_as_before(tokenizer, how: Play, traces) -> None:
-    engine, one = ScriptedEngine(chance, tokenizer), game(traces[0], how).counterfactual
-    served: list[list[Completion]] = []
-    outcome = serve(engine, noted(one.outcome(frozenset(NAMES), 0), served.append))
-    assert outcome == serve(engine, one.outcome(frozenset(NAMES), 0))
-    assert [[completion.text for completion in batch] for batch in served] == [[chance(r)] for r in engine.requests[:3]]
+# ---- alternatives with their values
+
+
+def copying(tokenizer) -> Behaviour:
+    """The reviser copies the solver, so a message of the solver is worth 1 or 0."""
+
+    def behave(request: Request) -> str:
+        return tokenizer.decode(request.prompt_ids)[5:8] if request.policy == "reviser" else chance(request)
+
+    return behave
+
+
+def policies(engine: ScriptedEngine) -> Counter[str]:
+    """How many messages of each were sampled."""
+    return Counter(request.policy for request in engine.requests)
+
+
+def test_siblings_are_the_recorded_message_and_its_alternatives_with_the_values_of_what_follows(
+    how: Play, traces, tokenizer
+) -> None:  # fmt: skip
+    engine = ScriptedEngine(copying(tokenizer), tokenizer)
+    for trace in traces:
+        [(recorded, _), *fresh] = found = serve(engine, game(trace, how, "masked").siblings(0, 6))
+        assert recorded is trace.path[0] and len(fresh) == 6
+        assert all(value == float(turn.text == "012") for turn, value in found)
+        assert len({turn.seed for turn, _ in found}) == 7
+    assert policies(engine) == {"solver": 8 * 6, **dict.fromkeys(NAMES[1:], 8 * 7 * 2)}
+
+
+def test_equal_alternatives_are_continued_once(how: Play, traces, tokenizer) -> None:
+    requests: Counter[str] = Counter()
+    engine, one = ScriptedEngine(copying(tokenizer), tokenizer), game(traces[0], how)
+    steps = together([(one.task.id, one.siblings(0, 6))], max_live=1, requests=requests, on_wave=lambda: None)
+    [found] = serve(engine, steps)
+    assert {turn.text for turn, _ in found} == {"012", "111"}
+    assert policies(engine) == {"solver": 6, **dict.fromkeys(NAMES[1:], 2 * 2)}
+
+
+def test_outcomes_of_siblings_are_kept_and_only_their_texts_are_sampled_again(
+    how: Play, traces, tokenizer, tmp_path: Path
+) -> None:
+    store, first, engine = ValueStore(tmp_path, rank=0), *(ScriptedEngine(chance, tokenizer) for _ in range(2))
+    expected = serve(first, keeping(game(traces[0], how), store).siblings(1, 3))
+    assert policies(first) == {"critic": 3, "reviser": 4 * 2, "verifier": 4 * 2}
+    store.flush()
+    assert serve(engine, keeping(game(traces[0], how), ValueStore(tmp_path, rank=0)).siblings(1, 3)) == expected
+    assert policies(engine) == {"critic": 3}
+
+
+def test_siblings_take_what_credit_has_sampled_after_the_recorded_message(how: Play, traces, tokenizer) -> None:
+    trace = next(trace for trace in traces if trace.reward == 0.0)
+    one, verdict = game(trace, how), trace.path[1].text
+    credit = serve(ScriptedEngine(chance, tokenizer), one.credit("reward_blame"))
+    engine = ScriptedEngine(
+        lambda r: {"===+": "!!!-", "!!!-": "===+"}[verdict] if r.policy == "critic" else chance(r), tokenizer
+    )
+    [(recorded, value), (sibling, _)] = serve(engine, one.siblings(1, 1))
+    assert credit is not None and value == credit.values[2]
+    assert recorded.text != sibling.text and policies(engine) == {"critic": 1, "reviser": 2, "verifier": 2}
+    engine.requests.clear()
+    serve(engine, game(trace, how).siblings(1, 1))
+    assert policies(engine) == {"critic": 1, "reviser": 4, "verifier": 4}, "another game has outcomes of its own"
+
+
+def test_an_alternative_inside_a_round_is_worth_what_follows_in_its_place(how: Play, tokenizer) -> None:
+    agents = {
+        name: Agent(name=name, role=ROLES["debater"], policy=name, sees="transcript", max_new_tokens=16)
+        for name in ("ada", "ben")
+    }
+    debate = replace(how, team=replace(how.team, agents=agents, topology=Debate(debaters=("ada", "ben"), rounds=2)))
+    [trace] = collect(
+        ScriptedEngine(lambda request: "111", tokenizer), TASKS[:1], debate, max_live=1, on_trace=lambda trace: None
+    )
+    engine = ScriptedEngine(lambda request: "012", tokenizer)
+    one = game(trace, debate, "masked")
+    values = [[value for _, value in serve(engine, one.siblings(place, 1))] for place in (2, 3)]
+    # ada's 012 is followed by a fresh 012 of ben; beside ada's 111 it is the second of a tie. So is ben's own 012.
+    assert values == [[0.0, 1.0], [0.0, 0.0]]
+
+
+def test_a_sibling_whose_every_continuation_failed_has_no_value(how: Play, traces, tokenizer) -> None:
+    engine, one = ScriptedEngine(lambda request: FAILED, tokenizer), game(traces[0], how)
+    [(_, recorded), (sibling, value)] = serve(engine, one.siblings(3, 1))
+    assert recorded == traces[0].reward and sibling.finish == "error" and math.isnan(value)
+    assert all(math.isnan(value) for _, value in serve(engine, one.siblings(2, 1)))
