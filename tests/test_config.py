@@ -171,6 +171,8 @@ def test_a_kind_clears_its_section_before_the_other_overrides_whatever_their_ord
         ("rounds: 2, loop_from: solver, agents: [{name: critic, role: critic}, {name: solver}]",
          "team.loop_from='solver': the last agent sends back by verdict, but its role 'solver' gives none",
          "end with a role that does, or set rounds to 1"),
+        ("loop_from: reviser", "team.loop_from='reviser'", "with rounds=1 nobody goes again; set rounds to 2 or more"),
+        ("rounds: 1, loop_from: verifier", "team.loop_from='verifier'", "set rounds to 2 or more"),
         ("rounds: 2, topology: single", "team.rounds=2", "only a pipeline that ends in a reviser and a verifier"),
         ("rounds: 2, agents: [{name: a}, {name: c, role: critic}]", "team.rounds=2", "the last roles are ['solver', 'critic']"),
         ("stop_when_accepted: true, topology: debate", "team.stop_when_accepted=true", "not debate; set it to false"),
@@ -194,6 +196,8 @@ def test_a_team_that_cannot_play_names_the_key_the_value_and_the_remedy(
         "topology: debate, rounds: 2, agents: [{name: a}, {name: b}, {name: j, role: judge}]",
         "roles: [{name: plan, produces: text, prompt: Plan.}], agents: [{name: p, role: plan}, {name: s}]",
         "rounds: 2, loop_from: s, agents: [{name: s}, {name: c, role: critic}]",
+        "rounds: 1",
+        "topology: single, stop_when_accepted: true",
     ],
 )
 def test_a_team_that_can_play_is_taken(tmp_path: Path, section: str) -> None:

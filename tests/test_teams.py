@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from mas_hpc.agents.template import ChatTemplate, CompactTemplate
 from mas_hpc.config import ModelConfig, RunConfig
 from mas_hpc.config_file import load_config
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import ConfigError
+from mas_hpc.errors import CheckpointError, ConfigError
 from mas_hpc.models.load import load_model
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, SelfConsistency, Single
@@ -217,6 +218,19 @@ def test_a_model_of_another_vocabulary_is_refused(tmp_path: Path, other: Path) -
     message = str(error.value)
     assert message.startswith(f"team.models.other='{folder}': its vocabulary is not that of model.path='tiny'")
     assert "choose models of one family" in message and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_loaded_is_named_by_its_own_key(tmp_path: Path, other: Path) -> None:
+    empty, torn = tmp_path / "empty", shutil.copytree(other, tmp_path / "torn")
+    empty.mkdir()
+    (torn / "model.safetensors").write_bytes(b"not weights")
+    for folder, kind, problem in (
+        (empty, ConfigError, "the folder holds no model"),
+        (torn, CheckpointError, "damaged weights"),
+    ):
+        with pytest.raises(kind) as error:
+            built(configured(tmp_path, MIXED % folder))
+        assert str(error.value).startswith(f"team.models.other='{folder}': {problem}")
 
 
 def test_the_resolved_team_reads_back_as_the_same_team(tmp_path: Path, tokenizer) -> None:

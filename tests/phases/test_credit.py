@@ -1,4 +1,4 @@
-"""mas-hpc credit: on a tiny model through the command line, and on a scripted team whose faults are known."""
+"""mas-hpc credit on a scripted team whose faults are known."""
 
 from __future__ import annotations
 
@@ -14,62 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from transformers import LlamaForCausalLM
 
-from mas_hpc.cli import app, main
-from mas_hpc.config import ModelConfig
 from mas_hpc.data import trace_store
 from mas_hpc.data.preferences import Pair, load_preferences
 from mas_hpc.data.steps import load_steps
 from mas_hpc.data.tasks import load_tasks
-from mas_hpc.distributed.world import World
 from mas_hpc.evaluation.report.build import build_report
-from mas_hpc.models.load import load_model
-from mas_hpc.orchestration.replay import replay
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.phases.credit import CreditOptions, credit
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import ScriptedEngine
-from mas_hpc.run import Run, how_to_play, play_all, reopen
+from mas_hpc.run import Run, how_to_play, play_all
 from mas_hpc.types import Trace
+from tests.phases.conftest import NUM_TASKS, ROOT, opened
 
-ROOT = Path(__file__).parents[2]
-QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-NUM_TASKS = 8
-SMALL = (
-    "model.hidden_size=32", "model.num_heads=2", "data.num_digits=3", "data.num_train=12", f"data.num_test={NUM_TASKS}",
-    f"rollout.num_tasks={NUM_TASKS}", "warm_start.steps=2", "warm_start.batch_size=4", "team.stop_when_accepted=false",
-)  # fmt: skip
 FAILED = Completion(token_ids=(), logprobs=(), text="", finish="error", error="prompt is longer than the context")
-
-
-# ---- runs
-
-
-def rollout(runs: Path, name: str, *words: str) -> Path:
-    app(["rollout", QUICKSTART, *SMALL, *words, f"runs_dir={runs}", f"name={name}"], standalone_mode=False)
-    return runs / name
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def finished(runs: Path) -> Path:
-    """A rollout of the tiny model; nobody writes to it."""
-    return rollout(runs, "finished")
-
-
-@pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "run")
-
-
-def opened(folder: Path, world: World | None = None) -> Run:
-    return reopen(folder, world or World(), Console(quiet=True))
 
 
 class Scripted:
@@ -190,6 +149,18 @@ def test_all_messages_get_alternatives_when_asked_and_the_best_are_positives(fol
     assert {row["agent"] for row in positives} == set(run.team.agents), "whatever is said after a right answer succeeds"
     for row in positives:
         assert row["agent"] in ("critic", "verifier") or row["completion"] == answers[row["prompt"][1:4]]
+
+
+def test_alternatives_are_sampled_again_but_not_what_follows_them(folder: Path) -> None:
+    record(folder, VARYING)
+    options = CreditOptions(method="local", replays=2, resamples=3, pairs="all")
+    run, first = spoken_for(opened(folder), VARYING)
+    results = credit(run, options)
+    pairs = lines_of(folder, "pairs")
+    run, engine = spoken_for(opened(folder), VARYING)
+    again = credit(run, options)
+    assert len(first.requests) > len(engine.requests) == again["requests"]["sampled"] == NUM_TASKS * 4 * 3
+    assert again["rows"] == results["rows"] and lines_of(folder, "pairs") == pairs != []
 
 
 @pytest.mark.parametrize("pairs", ["faults", "all"])
@@ -315,150 +286,6 @@ def test_a_limit_takes_the_first_traces(folder: Path) -> None:
     credit(opened(folder), CreditOptions(method="outcome", limit=3))
     found = list(trace_store.read(folder / "traces" / "credit-outcome.jsonl"))
     assert [trace.task.id for trace in found] == [trace.task.id for trace in traces[:3]]
-
-
-# ---- the command line
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mas-hpc", "credit", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return int(end.value.code or 0), captured.out, captured.err
-
-    return call
-
-
-def test_a_reopened_run_has_the_weights_that_its_traces_were_sampled_from(folder: Path) -> None:
-    run = opened(folder)
-    for trace in trace_store.read(folder / "traces" / "rollout.jsonl"):
-        again = replay(run.engine, trace.task, trace.path, run.team, Sampling(temperature=1.0))
-        assert [completion.token_ids for completion in again] == [turn.completion_ids for turn in trace.path]
-
-
-ASKED = [
-    ("shapley", "removal"), ("shapley", "masked"), ("shapley", "resample"), ("shapley", "replacement"), ("loo", "resample"),
-    ("reward_blame", "masked"), ("first_error", "removal"), ("local", "removal"), ("outcome", "removal"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "value"), ASKED)
-def test_every_method_runs_and_a_second_call_samples_nothing(cli, folder: Path, method: str, value: str) -> None:
-    words = (folder, "--method", method, "--value", value, "--replays", 1)
-    words += ("--base", folder / "model") if value == "replacement" else ()
-    code, out, err = cli(*words)
-    assert code == 0, err
-    assert f"rollout: {NUM_TASKS} traces credited" in out and f"report: {folder}" in out.replace("\n", "")
-    name = f"{method}-{value}" if method in ("shapley", "loo", "reward_blame") else method
-    results = json.loads((folder / "credit" / f"{name}.json").read_text())
-    assert (results["requests"]["sampled"] > 0) == (method not in ("local", "outcome"))
-    code, out, _ = cli(*words)
-    again = json.loads((folder / "credit" / f"{name}.json").read_text())
-    assert code == 0 and again["requests"]["sampled"] == 0
-    assert again | {"requests": None} == results | {"requests": None}
-    assert ("Nothing sampled" in out) == (method not in ("local", "outcome"))
-
-
-@pytest.fixture(scope="module")
-def prm(runs: Path) -> Path:
-    words = ("model.hidden_size=32", "data.num_digits=3", "data.num_train=12", "data.num_test=8", "method.steps=1")
-    app(["train", str(ROOT / "configs" / "prm.yaml"), *words, f"runs_dir={runs}", "name=prm"], standalone_mode=False)
-    return runs / "prm" / "model"
-
-
-def test_a_process_reward_model_credits_every_message(cli, folder: Path, prm: Path) -> None:
-    code, _, err = cli(folder, "--method", "process_reward", "--reward-model", prm)
-    assert code == 0, err
-    for trace in trace_store.read(folder / "traces" / "credit-process_reward.jsonl"):
-        assert all(turn.credit is not None and 0 < turn.credit < 1 for turn in trace.path)
-
-
-def test_adapters_come_off_for_agents_that_are_replaced(cli, runs: Path, tmp_path: Path) -> None:
-    folder = rollout(runs, "adapters", "adapters.policies=per_agent", "rollout.num_tasks=2")
-    code, _, err = cli(folder, "--value", "replacement", "--replays", 1)
-    assert code == 0, err
-    assert opened(folder).bank is not None
-    results = json.loads((folder / "credit" / "shapley-replacement.json").read_text())
-    assert all(entry["phi"]["n"] == 2 for entry in results["agents"].values())
-
-
-def edited(folder: Path, name: str, text: str) -> None:
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text(text)
-
-
-def only_unfinished(folder: Path) -> None:
-    file = folder / "traces" / "rollout.jsonl"
-    traces = [replace(trace, reward=None) for trace in trace_store.read(file)]
-    file.unlink()
-    trace_store.write(file, traces)
-
-
-def of_another_team(folder: Path) -> None:
-    file = folder / "traces" / "rollout.jsonl"
-    file.write_text(file.read_text().replace('"agent":"critic"', '"agent":"auditor"'))
-
-
-def another_vocabulary(folder: Path) -> None:
-    _, tokenizer = load_model(ModelConfig(hidden_size=32, num_heads=2), seed=0)
-    model = LlamaForCausalLM.from_pretrained(folder / "model")
-    tokenizer.add_tokens(["x"])
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.save_pretrained(folder / "foreign")
-    tokenizer.save_pretrained(folder / "foreign")
-
-
-MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, ...]]] = {
-    "no folder": (shutil.rmtree, (), ("no config.yaml there; expected the folder of a run",)),
-    "no config": (lambda folder: (folder / "config.yaml").unlink(), (), ("no config.yaml there",)),
-    "no such traces": (lambda folder: None, ("--traces", "rolout"), ("--traces rolout: no ", "expected one of ['rollout']")),
-    "no traces": (lambda folder: shutil.rmtree(folder / "traces"), (), ("no traces of a rollout", "one of []")),
-    "another version": (
-        lambda folder: edited(folder, "policy_version.json", "3"), (),
-        ("rollout.jsonl: turns of policy versions 0 to 0, but the run's weights are of version 3", "or roll out again"),
-    ),
-    "alternatives of another version": (
-        lambda folder: edited(folder, "policy_version.json", "3"), ("--method", "local", "--resamples", "1"),
-        ("the run's weights are of version 3",),
-    ),
-    "weights not saved": (lambda folder: shutil.rmtree(folder / "model"), (), ("were not saved; expected", "run it again")),
-    "unfinished": (only_unfinished, (), (f"no trace that can get credit: {NUM_TASKS} unfinished", "roll out again")),
-    "empty": (lambda folder: edited(folder, "traces/rollout.jsonl", ""), (), ("credit: the file is empty",)),
-    "another team": (of_another_team, (), ("turns of agents ['auditor']", "['solver', 'critic', 'reviser', 'verifier']")),
-    "nothing replaces": (lambda folder: None, ("--value", "replacement"), ("give --base MODEL",)),
-    "another vocabulary": (
-        another_vocabulary, ("--value", "replacement", "--base", "foreign"),
-        ("--base=", "its vocabulary is not that of model.path", "choose models of one family"),
-    ),
-    "no PRM": (lambda folder: None, ("--method", "process_reward"), ("--reward-model: required", "method.kind=prm")),
-    "PRM is a policy": (
-        lambda folder: None, ("--method", "process_reward", "--reward-model", "model"), ("no reward_model.json there",),
-    ),
-    "damaged values": (
-        lambda folder: edited(folder, "credit/values.rank0.jsonl", "{}\n"), (), ("values.rank0.jsonl:1: ", "remove it"),
-    ),
-    "damaged traces": (
-        lambda folder: edited(folder, "traces/rollout.jsonl", "{}\n"), (), ("rollout.jsonl:1: ", "collect again"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_that_names_it_and_the_remedy(cli, folder: Path, mistake: str) -> None:
-    make, words, expected = MISTAKES[mistake]
-    make(folder)
-    code, _, err = cli(folder, *(folder / word if word in ("foreign", "model") else word for word in words))
-    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
-    assert all(part in err for part in expected), err
-
-
-def test_methods_that_replay_nothing_take_traces_of_any_version(cli, folder: Path) -> None:
-    edited(folder, "policy_version.json", "3")
-    for method in ("local", "outcome"):
-        assert cli(folder, "--method", method)[0] == 0
 
 
 # ---- two ranks
