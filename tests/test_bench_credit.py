@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -18,10 +19,12 @@ from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.orchestration.collect import collect
 from mas_hpc.orchestration.episode import Play
 from mas_hpc.orchestration.sampling import Sampling
+from mas_hpc.orchestration.topology import Pipeline
 from mas_hpc.types import Turn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # benchmarks are scripts that stand beside each other
 
+from coalition_tree import REPLAYS, by_tree, free_zeros, naively
 from credit_scores import DEAD_ZONE, Found, gathered, names_agent, naming, sign_accuracy, spearman, trivial
 from planted_cases import corrupted_start, corrupted_text
 from planted_teams import (
@@ -184,6 +187,22 @@ def test_interventions_turn_a_verdict_or_move_one_digit() -> None:
     assert sorted(moved) == ["0", "3", "3", "3"]
     assert corrupted_text("", Random(0), 4) == ""
     assert read_verdict("I have checked it. VERDICT: INCORRECT") is False
+
+
+# ---- the coalition tree
+
+
+def test_the_tree_finds_what_naive_replays_find_by_fewer_calls() -> None:
+    tokenizer = build_tokenizer()
+    engine, team = build_engine(HEALTHY, tokenizer), build_team(HEALTHY, tokenizer)
+    team = replace(team, topology=Pipeline(agents=tuple(team.agents)))
+    how = Play(team=team, sampling=Sampling(temperature=1.0), judge=VerifiableJudge(), seed=3)
+    traces = collect(engine, tasks(5), how, max_live=64, on_trace=lambda trace: None)
+    ours, theirs = by_tree(engine, traces, how), naively(engine, traces, how)
+    assert ours.phi == theirs.phi and any(map(any, ours.phi))
+    # S, SC, SCR, SR, R, C, CR, against the 4 * 8 turns of the 16 coalitions of 4
+    assert (ours.calls, theirs.calls) == (5 * REPLAYS * 7, 5 * REPLAYS * 32)
+    assert free_zeros(how, traces[0]) == 1.0
 
 
 # ---- scores
