@@ -57,6 +57,8 @@ def test_every_method_runs_and_a_second_call_samples_nothing(cli, folder: Path, 
     name = f"{method}-{value}" if method in ("shapley", "loo", "reward_blame") else method
     results = json.loads((folder / "credit" / f"{name}.json").read_text())
     assert (results["requests"]["sampled"] > 0) == (method not in ("local", "outcome"))
+    if method != "reward_blame":  # which has Shapley values of right answers alone
+        assert ("Shapley value" in out, "leave-one-out" in out) == (method == "shapley", method == "loo")
     code, out, _ = cli(*words)
     again = json.loads((folder / "credit" / f"{name}.json").read_text())
     assert code == 0 and again["requests"]["sampled"] == 0

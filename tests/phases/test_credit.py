@@ -10,11 +10,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mas_hpc.credit_assignment.credit import Credit
+from mas_hpc.credit_assignment.credit import Path as CreditPath
+from mas_hpc.credit_assignment.error_localization import Fault
 from mas_hpc.data import trace_store
 from mas_hpc.data.preferences import Pair, load_preferences
 from mas_hpc.data.steps import load_steps
@@ -22,6 +26,8 @@ from mas_hpc.data.tasks import load_tasks
 from mas_hpc.evaluation.report.build import build_report
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.phases.credit import CreditOptions, credit
+from mas_hpc.phases.credit import record as as_record
+from mas_hpc.phases.replays import Game
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import ScriptedEngine
 from mas_hpc.run import Run, how_to_play, play_all
@@ -103,15 +109,17 @@ def test_a_solver_whose_answer_is_repeated_earns_everything(folder: Path, value)
     found = {agent: (entry["phi"]["mean"], entry["message"]["mean"]) for agent, entry in results["agents"].items()}
     assert found == {"solver": (1.0, 1.0), "critic": (0.0, 0.0), "reviser": (0.0, 0.0), "verifier": (0.0, 0.0)}
     assert results["agents"]["solver"]["phi"]["standard_error"] == 0.0
-    calls = {"removal": 7, "masked": 4}[
-        value
-    ]  # solver's, critic's and reviser's of the record are kept: CR, C, R and SR are new
+    calls = {"removal": 7, "masked": 4}[value]  # masked keeps the record's S, SC and SCR: CR, C, R and SR are new
     assert len(engine.requests) == results["requests"]["sampled"] == NUM_TASKS * 2 * calls
     assert results["accuracy"] == 1.0 and results["traces"] == {"file": "rollout", "credited": NUM_TASKS, "missing": 0}
     for trace in trace_store.read(folder / "traces" / f"credit-shapley-{value}.jsonl"):
         assert [turn.credit for turn in trace.path] == [1.0, 0.0, 0.0, 0.0]
         assert trace.label == f"credit shapley-{value}"
     assert json.loads((folder / "credit" / f"shapley-{value}.json").read_text()) == results
+    rows = lines_of(folder, f"shapley-{value}")
+    assert [row["number"] for row in rows] == list(range(NUM_TASKS))
+    assert {(*row["rewards"], *row["phi"].values(), row["total"]) for row in rows} == {(1.0, 0.0, 0.0, 0.0) * 2 + (1.0,)}
+    assert all(row.keys().isdisjoint({"pairs", "positives", "steps", "unvalued"}) for row in rows)
 
 
 def test_a_corrupted_message_is_found_and_every_alternative_that_repairs_it_is_preferred(folder: Path) -> None:
@@ -135,6 +143,18 @@ def test_a_corrupted_message_is_found_and_every_alternative_that_repairs_it_is_p
     for solution in steps:
         assert solution.steps == tuple(turn.text for turn in recorded[solution.prompt].path)
         assert solution.labels == (0.0, 0.0, 0.0, 0.0), "nobody repairs what the solver wrote"
+
+
+def test_the_record_of_a_fault_names_the_turns_that_tried_to_repair_it(folder: Path) -> None:
+    [trace, *_], run = record(folder, CORRUPTED), opened(folder)
+    how = how_to_play(run, Sampling(temperature=1.0), 0)
+    path = CreditPath(turns=trace.path, players=tuple(run.team.agents), outcome=0.0)
+    game = Game(task=trace.task, path=path, how=how, value="removal", num_replays=4)
+    fault = Fault(agent="solver", turn=0, step=None, method="value", evidence="")
+    found = Credit(rewards=(-1.0, nan, 0.0, 0.0), values=(0.75, 0.0, 0.5, 0.0, 0.0), fault=fault)
+    row = as_record(game, found, {"pairs": []})
+    assert (row["fault"]["turn"], row["fault"]["repairs"]) == (0, [1]), "the critic's message raised the value again"
+    assert (row["rewards"], row["pairs"], row["phi"], row["total"]) == ([-1.0, None, 0.0, 0.0], [], {}, None)
 
 
 def test_all_messages_get_alternatives_when_asked_and_the_best_are_positives(folder: Path) -> None:
