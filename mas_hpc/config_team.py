@@ -137,7 +137,7 @@ class TeamConfig(Section):
         if self.topology == "pipeline" and self.looped and self.rounds > 1 and self.produces(self.agents[-1]) != "verdict":
             raise ValueError(
                 f"loop_from={self.loop_from!r}: the last agent sends back by verdict, but its role {roles[-1]!r} gives none; "
-                "end with a role that does, or set rounds to 1"
+                "end with a role that does, or leave loop_from out"
             )
         if self.rounds > 1 and (self.topology == "single" or (self.topology == "pipeline" and not self.looped)):
             raise ValueError(

@@ -170,7 +170,7 @@ def test_a_kind_clears_its_section_before_the_other_overrides_whatever_their_ord
         ("topology: debate, loop_from: solver", "team.loop_from='solver'", "expected the name of an agent of a pipeline"),
         ("rounds: 2, loop_from: solver, agents: [{name: critic, role: critic}, {name: solver}]",
          "team.loop_from='solver': the last agent sends back by verdict, but its role 'solver' gives none",
-         "end with a role that does, or set rounds to 1"),
+         "end with a role that does, or leave loop_from out"),
         ("loop_from: reviser", "team.loop_from='reviser'", "with rounds=1 nobody goes again; set rounds to 2 or more"),
         ("rounds: 1, loop_from: verifier", "team.loop_from='verifier'", "set rounds to 2 or more"),
         ("rounds: 2, topology: single", "team.rounds=2", "only a pipeline that ends in a reviser and a verifier"),
