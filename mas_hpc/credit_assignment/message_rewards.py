@@ -114,6 +114,11 @@ class StepLabels:
     """One a message: 1 before the first error, 0 at it, nan (not known) after it."""
 
 
+def default_epsilon(num_replays: int) -> float:
+    """A change that is not noise of values that are means of so many replays, between two multiples of 1 / num_replays."""
+    return 0.5 if num_replays == 1 else max(0.15, 1.5 / num_replays)
+
+
 def message_rewards(
     agents: Sequence[str],
     *,
