@@ -244,6 +244,21 @@ class CreditConfig(Section):
     weight_limit: Annotated[float, Field(ge=1.0)] = 3.0
     """weight: largest factor, and 1 over the smallest."""
 
+    @model_validator(mode="after")
+    def _acts(self) -> CreditConfig:
+        others = self.model_copy(update={"method": "local"})
+        if self.method == "local" and others != CreditConfig.model_construct():
+            raise ValueError("method=local: without replays value, replays, form and weight_limit do nothing; leave them out")
+        anew = self.value in ("removal", "replacement") and self.method in ("loo", "shapley", "reward_blame")
+        if self.form == "sibling" and anew:
+            raise ValueError(
+                f"value={self.value}: a coalition plays anew from the question, so that siblings of one state earn the same "
+                "and centring erases it; set value to masked or resample, or form=weight"
+            )
+        if self.form == "weight" and self.method == "outcome":
+            raise ValueError("form=weight: the outcome is the same for all agents; set method, such as shapley")
+        return self
+
 
 class GroupConfig(OnlineConfig):
     """Advantages from groups of completions instead of a critic."""
@@ -261,8 +276,10 @@ class GroupConfig(OnlineConfig):
 
     @model_validator(mode="after")
     def _credit_of_a_turn(self) -> GroupConfig:
-        if self.credit.method == "local" and self.credit.form == "weight":
-            raise ValueError("credit.form=weight: local rewards weigh nothing; set credit.method, such as shapley")
+        if self.credit.form == "weight" and self.advantage == "reinforce_pp":
+            raise ValueError(
+                "credit.form=weight multiplies advantages, and advantage=reinforce_pp whitens later; choose another"
+            )
         if self.credit.method != "local" and self.credit.form == "sibling" and self.reward_model:
             raise ValueError(f"credit.method={self.credit.method} and reward_model would both set a turn's reward; keep one")
         return self
@@ -331,6 +348,11 @@ class ATGRPOConfig(GroupConfig):
 
     @model_validator(mode="after")
     def _state_groups(self) -> ATGRPOConfig:
+        if self.commit == "best" and self.credit.method != "local" and self.credit.form == "sibling":
+            raise ValueError(
+                "commit=best: the committed sibling would earn the credit of a best-of-K path, the others of a sampled one; "
+                "set commit=sampled, or credit.form=weight"
+            )
         if self.advantage in ("reinforce_pp", "rae"):
             raise ValueError(f"advantage={self.advantage} has no groups; at_grpo compares siblings of one state. Use kind=grpo")
         return self

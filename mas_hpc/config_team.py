@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Literal
 
 from pydantic import model_validator
@@ -101,6 +102,16 @@ class TeamConfig(Section):
         """What the agent's role gives."""
         own = {role.name: role.produces for role in self.roles}
         return own.get(agent.role) or ROLES[agent.role].produces
+
+    @model_validator(mode="after")
+    def _safe_names(self) -> TeamConfig:
+        policies = {agent.policy for agent in self.agents} - {""} | set(self.models)
+        for name in (*(agent.name for agent in self.agents), *sorted(policies)):
+            if name and not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(
+                    f"agents: {name!r} names files and metrics; expected letters, digits, _, - and . after the first"
+                )
+        return self
 
     @model_validator(mode="after")
     def _names(self) -> TeamConfig:

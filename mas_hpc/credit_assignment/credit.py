@@ -158,9 +158,12 @@ def prefix_values(path: Path) -> Estimate[Question, list[float]]:
 
 
 def _blamed(path: Path, known: Mapping[int, float], fault: Fault | None, *, gamma: float) -> Credit:
-    """The blame of a failure; `known` are values of prefixes, of which without a fault only the baseline counts."""
+    """The blame of a failure; `known` are values of prefixes, of which without a fault only the baseline counts.
+
+    A prefix that was not valued has the value of the longest known one before it: bisection leaves no drop in between.
+    """
     length = len(path.turns)
-    values = tuple(known.get(number, known[0]) for number in range(length + 1))
+    values = tuple(known[max(number for number in known if number <= prefix)] for prefix in range(length + 1))
     failure = failure_rewards(
         values if fault else values[:1] * (length + 1), baseline=known[0], outcome=path.outcome, beta=path.settings.beta,
         epsilon=path.settings.epsilon, gamma=gamma, first_error=fault.turn if fault else None,

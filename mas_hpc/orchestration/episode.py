@@ -86,22 +86,24 @@ class Play:
 
 
 def play(
-    task: Task, how: Play, turns: list[Turn], *, path: Sequence[Turn] = (), origin: str = "", counterfactual: bool = False
+    task: Task, how: Play, turns: list[Turn], *, path: Sequence[Turn] = (), round_state: Sequence[Turn] = (),
+    speaking: Sequence[str] = (), origin: str = "", counterfactual: bool = False,
 ) -> Steps[tuple[Turn, ...]]:  # fmt: skip
     """Continue from `path` until nobody speaks; return the whole committed path, and append every turn to `turns`.
 
-    At each state every speaker is sampled `group_size` times, scored, and one sibling is committed.
+    At each state every speaker is sampled `group_size` times, scored, and one sibling is committed. Where `path` ends inside
+    a round, `speaking` are those of it who have yet to speak, and `round_state` is what they read.
     """
     origin = origin or f"{task.id}/"
-    while speakers := how.team.topology.next_speakers(path):
-        groups = [ask(task, how, how.team.agents[name], path, origin, len(path) + i) for i, name in enumerate(speakers)]
+    while speakers := tuple(speaking) or how.team.topology.next_speakers(path):
+        state = round_state if speaking else path
+        groups = [ask(task, how, how.team.agents[name], state, origin, len(path) + i) for i, name in enumerate(speakers)]
         completions = iter((yield [request for _, requests in groups for request in requests]))
-        state = path
-        for drafts, _ in groups:
+        for number, (drafts, _) in enumerate(groups):
             filled = [fill(draft, next(completions), how.team) for draft in drafts]
             siblings = [how.judge.score(task, how.team, state, turn) for turn in filled]
             if how.sampling.team_rollouts and how.sampling.group_size > 1:
-                siblings = yield from _value(task, how, turns, state, siblings)
+                siblings = yield from _value(task, how, turns, path, siblings, state, speakers[number + 1 :])
             siblings = [
                 replace(turn, counterfactual=counterfactual, reward=_reward(turn, how.sampling.alpha)) for turn in siblings
             ]
@@ -109,6 +111,7 @@ def play(
             siblings[chosen] = replace(siblings[chosen], committed=not counterfactual)
             turns += siblings
             path = (*path, siblings[chosen])
+        speaking = ()
     return tuple(path)
 
 
@@ -153,13 +156,25 @@ def _reward(turn: Turn, alpha: float) -> float | None:
     return turn.local_reward + alpha * (turn.team_reward or 0.0)
 
 
-def _value(task: Task, how: Play, turns: list[Turn], state: Sequence[Turn], siblings: Sequence[Turn]) -> Steps[list[Turn]]:
-    """Team reward of each sibling: mean outcome of `team_rollouts` episodes continued from it."""
+def _value(
+    task: Task, how: Play, turns: list[Turn], path: Sequence[Turn], siblings: Sequence[Turn], state: Sequence[Turn],
+    speaking: Sequence[str],
+) -> Steps[list[Turn]]:  # fmt: skip
+    """Team reward of each sibling: mean outcome of `team_rollouts` episodes continued from it, the rest of its round first."""
     repeats = how.sampling.team_rollouts
     onward = replace(how, sampling=how.sampling.path_only)
     ends = yield from parallel(
         [
-            play(task, onward, turns, path=(*state, turn), origin=f"{turn.id}~{repeat}/", counterfactual=True)
+            play(
+                task,
+                onward,
+                turns,
+                path=(*path, turn),
+                round_state=state,
+                speaking=speaking,
+                origin=f"{turn.id}~{repeat}/",
+                counterfactual=True,
+            )
             for turn in siblings
             for repeat in range(repeats)
         ]

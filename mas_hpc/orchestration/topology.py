@@ -23,6 +23,11 @@ class Topology(Protocol):
         """The team's answer, of the turns whose role gives one; None when there is none that can be read."""
         ...
 
+    @property
+    def votes(self) -> bool:
+        """Whether the team's answer is a vote, and not that of one turn."""
+        ...
+
     def restricted(self, present: Names, answering: Names) -> Topology:
         """The same form with the agents in `present` alone: the others are skipped, as if they passed on what they read.
 
@@ -58,6 +63,11 @@ class Single:
         """The agent's."""
         return last_answer(given)
 
+    @property
+    def votes(self) -> bool:
+        """No."""
+        return False
+
     def restricted(self, present: Names, answering: Names) -> Topology:
         """Itself, or nobody."""
         return self if self.agent in present else Pipeline(agents=())
@@ -81,6 +91,11 @@ class SelfConsistency:
         """The majority's."""
         return vote(given)
 
+    @property
+    def votes(self) -> bool:
+        """Yes."""
+        return True
+
     def restricted(self, present: Names, answering: Names) -> Topology:
         """Itself, or nobody."""
         return self if self.agent in present else Pipeline(agents=())
@@ -103,6 +118,11 @@ class Judged:
     def answer(self, given: Sequence[Turn]) -> str | None:
         """As the topology."""
         return self.topology.answer(given)
+
+    @property
+    def votes(self) -> bool:
+        """As the topology."""
+        return self.topology.votes
 
     def restricted(self, present: Names, answering: Names) -> Topology:
         """The restricted topology, ended by the same judge."""
@@ -141,6 +161,11 @@ class Pipeline:
         """The latest."""
         return last_answer(given)
 
+    @property
+    def votes(self) -> bool:
+        """No."""
+        return False
+
     def restricted(self, present: Names, answering: Names) -> Topology:
         """The present agents in order. Without the agent that sends back, or an answer to send back, nothing is looped."""
         agents = [name for name in self.agents if name in present]
@@ -174,6 +199,11 @@ class Debate:
         """The judge's, or else the majority of the last round."""
         return vote(given)
 
+    @property
+    def votes(self) -> bool:
+        """Unless a judge decides."""
+        return not self.judge
+
     def restricted(self, present: Names, answering: Names) -> Topology:
         """The present debaters; without the judge the majority decides."""
         debaters = tuple(name for name in self.debaters if name in present)
@@ -198,6 +228,11 @@ class MixtureOfAgents:
     def answer(self, given: Sequence[Turn]) -> str | None:
         """The aggregator's; without one the majority of the last layer."""
         return vote(given)
+
+    @property
+    def votes(self) -> bool:
+        """No."""
+        return False
 
     def restricted(self, present: Names, answering: Names) -> Topology:
         """The present proposers; without the aggregator the majority of the last layer decides."""

@@ -31,6 +31,8 @@ class Batch:
     """Rewards of steps, by turn id, where a process reward model gave some."""
     credit: Mapping[str, float] = field(default_factory=dict)
     """Metrics of credit by replays, where the method asks for it."""
+    tokens: float = 0.0
+    """Sampled for it, episodes that dynamic sampling put aside included."""
 
     def only(self, tasks: set[str]) -> Batch:
         """The episodes of these questions."""
@@ -46,10 +48,16 @@ class Batch:
         have = {trace.task.id for trace in self.traces}
         new = list(dict.fromkeys(trace.task.id for trace in more.traces if trace.task.id not in have))
         extra = more.only(set(new[: num_tasks - len(have)]))
+        costs = {name: value + self.credit.get(name, 0.0) for name, value in more.credit.items() if name in SUMS}
         return replace(
             self, traces=self.traces + extra.traces, outcomes=self.outcomes + extra.outcomes,
-            steps={**self.steps, **extra.steps}, credit=self.credit or more.credit,
+            steps={**self.steps, **extra.steps}, tokens=self.tokens + more.tokens,
+            credit={**self.credit, **costs},
         )  # fmt: skip
+
+
+SUMS = ("credit/asked", "credit/sampled", "credit/tokens", "credit/missing")
+"""Metrics of credit that add up over rounds of sampling; the others are the first round's."""
 
 
 def with_credit(trace: Trace, credit: Callable[[Turn], float | None]) -> Trace:

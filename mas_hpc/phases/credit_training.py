@@ -11,7 +11,7 @@ from math import fsum, isnan
 from mas_hpc.config_methods import ATGRPOConfig, CreditConfig, GroupConfig
 from mas_hpc.credit_assignment.centring import credit_weights, erased_by_centring, guarded
 from mas_hpc.credit_assignment.credit import Path
-from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings
+from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings, default_epsilon
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Play, Steps
@@ -75,7 +75,7 @@ def with_credit_weights(run: Run, traces: Sequence[Trace], method: GroupConfig, 
     metrics["credit/missing"] = float(len(traces) - len(phi))
     for agent in dict.fromkeys(name for credit in phi.values() for name in credit):
         values = [credit[agent] for credit in phi.values() if agent in credit]
-        metrics[f"credit/{agent}"] = fsum(values) / len(values)
+        metrics[f"credit_of/{agent}"] = fsum(values) / len(values)
 
     def of(number: int, turn: Turn) -> Turn:
         credit = phi.get(number, {})
@@ -139,7 +139,7 @@ def _credit(run: Run, trace: Trace, turn: Turn, how: Play, settings: CreditConfi
     outcome = how.judge.outcome(trace.task, how.team.answer(path))
     asked = Path(
         turns=path, players=tuple(run.team.agents), outcome=outcome, seed=how.seed,
-        settings=MessageRewardSettings(epsilon=max(0.15, 1.5 / settings.replays) if settings.replays > 1 else 0.5),
+        settings=MessageRewardSettings(epsilon=default_epsilon(settings.replays)),
     )  # fmt: skip
     game = Game(task=trace.task, path=asked, how=how, value=settings.value, num_replays=settings.replays)
     credit = yield from game.credit(settings.method)

@@ -76,6 +76,11 @@ def check(run: Run, method: OnlineMethod) -> None:
             f"method.truncated={method.truncated}, method.overlong_buffer={method.overlong_buffer}: the tiny model's turns "
             "have a fixed length and no end token; set truncated=keep and overlong_buffer=0"
         )
+    if isinstance(method, GRPOConfig) and method.group_by == "task" and run.team.topology.votes and method.reward_model:
+        raise ConfigError(
+            f"method.reward_model={method.reward_model!r}: the team's answer is a vote, which no reward model scores; set "
+            "method.group_by=agent, or leave it out"
+        )
     replacing = isinstance(method, GroupConfig) and method.credit.method != "local" and method.credit.value == "replacement"
     if replacing and run.config.adapters.policies == "shared":
         raise ConfigError(
@@ -158,7 +163,8 @@ class Trainer:
         if _replays(method, "sibling"):
             assert isinstance(method, GroupConfig)
             traces, costs = with_sibling_credit(run, traces, method, step)
-        return Batch(step=step, traces=traces, outcomes=outcomes, steps=steps, credit=costs)
+        tokens = sampled_tokens(traces) + costs.get("credit/tokens", 0.0)
+        return Batch(step=step, traces=traces, outcomes=outcomes, steps=steps, credit=costs, tokens=tokens)
 
     # ---- credit
 
@@ -167,7 +173,7 @@ class Trainer:
         credited, weighing = self._weighed(batch.step, self._credited(batch))
         samples = [sample for sample in to_samples(credited) if sample.policy not in self.run.other_models]
         metrics = {**batch_metrics(batch, self.method), **batch.credit, **weighing}
-        metrics["tokens/sampled"] = sampled_tokens(batch.traces) + metrics.get("credit/tokens", 0.0)
+        metrics["tokens/sampled"] = batch.tokens + weighing.get("credit/tokens", 0.0)
         self._say_what_centring_erased(batch.step, metrics)
         samples, kl = self._with_reference(samples)
         if isinstance(self.method, PPOConfig) or _by_token(self.method):
@@ -212,7 +218,7 @@ class Trainer:
         found = {name.partition("/")[2]: share for name, share in metrics.items() if name.startswith("erased_by_centring/")}
         if found and self.run.world.is_first and step in (0, self.method.steps // 2, self.method.steps - 1):
             shares = ", ".join(f"{share:.0%} of {agent}'s" for agent, share in found.items())
-            self.run.console.print(f"credit: group centring erases {shares} variance; the rest trains", highlight=False)
+            self.run.console.print(f"credit: group centring erases {shares} variance, the rest trains", highlight=False)
 
     def _with_reference(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
         """The reference's log-probs, and the KL of a sequence by which the coefficient is adapted for the next batch."""
@@ -314,8 +320,11 @@ def _answer(run: Run, trace: Trace) -> Turn | None:
 
 
 def _outcome(run: Run, trace: Trace) -> float | None:
+    """The reward of the turn that gave the team's answer; of a vote, whether it was right. None where the turn failed."""
     answer = _answer(run, trace)
-    return answer.reward if answer else None
+    if answer is None or answer.reward is None:
+        return None
+    return trace.reward if run.team.topology.votes else answer.reward
 
 
 def trajectories(method: OnlineMethod, traces: Sequence[Trace], samples: Sequence[Sample]) -> list[Hashable]:

@@ -145,8 +145,8 @@ def test_weights_are_by_size_of_credit_and_never_turn_an_advantage_round(tokeniz
         assert after.credit * before.credit >= 0
     solver, critic = (next(t for t in weighed.turns if t.agent == name and t.sibling == 3) for name in ("solver", "critic"))
     plain = next(t for t in credited[0].turns if t.agent == "solver" and t.sibling == 3)
-    assert metrics["credit/critic"] == 0.0
-    assert 0 < metrics["credit/solver"] < 1
+    assert metrics["credit_of/critic"] == 0.0
+    assert 0 < metrics["credit_of/solver"] < 1
     assert solver.credit == pytest.approx(2.0 * plain.credit), "all of the credit is the solver's: |phi| / mean is cut to 2"
     assert critic.credit == pytest.approx(0.5 * plain.credit)
 
@@ -163,7 +163,7 @@ def test_a_trace_without_credit_keeps_its_advantages(tokenizer) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"credit": {"form": "weight"}}, "credit.form=weight: local rewards weigh nothing"),
+        ({"credit": {"form": "weight"}}, "method=local: without replays"),
         ({"credit": {"method": "loo"}, "reward_model": "runs/prm/model"}, "would both set a turn's reward"),
         ({"credit": {"method": "loo"}, "kind": "grpo"}, "set group_by=agent"),
     ],
