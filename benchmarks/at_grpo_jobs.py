@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -123,6 +123,21 @@ def is_equal(total: float, budget: float, tokens_per_step: float) -> bool:
     return -max(UNDER * budget, tokens_per_step) < total - budget < max(OVER * budget, tokens_per_step)
 
 
+def corrected_steps(totals: Mapping[int, float], budget: float) -> int:
+    """The steps to try after those that sampled `totals`: between too few and too many, or else in proportion to the last.
+
+    Longer training is not always that of a shorter one continued: a judge that starts to reject everything lengthens every
+    episode, and the schedule of the learning rate decides when.
+    """
+    below, above = ([steps for steps, total in totals.items() if (total < budget) == is_below] for is_below in (True, False))
+    if not below or not above:
+        steps = list(totals)[-1]
+        return equal_steps(budget, totals[steps] / steps)
+    low, high = max(below), min(above)
+    share = (budget - totals[low]) / (totals[high] - totals[low])
+    return math.ceil(low + share * (high - low) - 1e-9)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """Where the jobs leave their results, and how long AT-GRPO trains.
@@ -173,20 +188,18 @@ class Bench:
             )
 
     def train(self, job: Job) -> dict[str, Any]:
-        """Train a system on AT-GRPO's tokens: as often as it takes to find the steps, three times at most."""
+        """Train a system on AT-GRPO's tokens, four times at most to find the steps; the record of the closest."""
         folder = self.trained(job.task, job.seed)
         if job.system == "at_grpo":
             return self.training(job, self.steps_of(job.task), folder)
         budget = sum(self.found(job.task, job.seed, "at_grpo")["tokens"])
-        steps = equal_steps(budget, self.expected_tokens_per_step(job))
-        for _ in range(3):
-            record = self.training(job, steps, folder)
-            tokens = sampled(folder / record["name"])
-            corrected = equal_steps(budget, fmean(tokens))
-            if is_equal(sum(tokens), budget, fmean(tokens)) or corrected == steps:
+        steps, totals = equal_steps(budget, self.expected_tokens_per_step(job)), {}
+        while steps not in totals and len(totals) < 4:
+            totals[steps] = sum(sampled(folder / self.training(job, steps, folder)["name"]))
+            if is_equal(totals[steps], budget, totals[steps] / steps):
                 break
-            steps = corrected
-        return record
+            steps = corrected_steps(totals, budget)
+        return self.training(job, min(totals, key=lambda tried: abs(totals[tried] - budget)), folder)
 
     def expected_tokens_per_step(self, job: Job) -> float:
         """From earlier seeds in proportion to AT-GRPO's; the first seed has two steps on trial, and AT-GRPO's later decline.

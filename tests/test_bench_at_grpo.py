@@ -15,7 +15,7 @@ from mas_hpc.config_file import load_config
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its modules import each other as scripts do
 
-from at_grpo_jobs import SYSTEMS, TASKS, Bench, Job, equal_steps, is_equal, run_to_end, waves  # noqa: E402
+from at_grpo_jobs import SYSTEMS, TASKS, Bench, Job, corrected_steps, equal_steps, is_equal, run_to_end, waves  # noqa: E402
 from at_grpo_rows import Measured, collected, commits, compared, interval, name_of, table, totals  # noqa: E402
 from bench_at_grpo import Progress  # noqa: E402
 
@@ -112,6 +112,24 @@ def test_a_training_that_missed_the_budget_is_repeated_with_the_steps_that_it_ne
     write_training(folder, "loo", [100.0] * 5)  # 200 were expected
     write_training(folder, "loo", [100.0] * 10)
     assert bench.train(Job(task="ring", seed=1, stage="train", system="loo"))["name"] == "loo-10"
+
+
+def test_steps_are_corrected_in_proportion_until_the_budget_lies_between_two_runs() -> None:
+    assert corrected_steps({40: 2000.0}, 1000) == 20
+    assert corrected_steps({40: 2000.0, 20: 600.0}, 1000) == 26  # 20 + 400 / 1400 * 20 = 25.7
+    assert corrected_steps({20: 600.0, 21: 1400.0}, 1000) == 21
+
+
+def test_of_trainings_that_all_miss_the_budget_the_closest_counts(tmp_path: Path) -> None:
+    bench = Bench(folder=tmp_path, steps=2)
+    folder = bench.trained("ring", 1)
+    write_training(folder, "at_grpo", [500.0, 500.0])
+    write_training(bench.base("ring", 1), "loo", [120.0, 120.0])  # 9 steps
+    write_training(folder, "loo", [200.0] * 9)  # 1800; 5 in proportion
+    write_training(folder, "loo", [160.0] * 5)  # 800; 5 + 200 / 1000 * 4, so 6
+    write_training(folder, "loo", [300.0] * 6)  # 1800; 6 again
+    (folder / "loo.json").unlink()
+    assert bench.train(Job(task="ring", seed=1, stage="train", system="loo"))["name"] == "loo-5"
 
 
 def test_finished_commands_are_not_run_again(tmp_path: Path) -> None:
