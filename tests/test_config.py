@@ -166,6 +166,8 @@ def test_a_kind_clears_its_section_before_the_other_overrides_whatever_their_ord
          "team.topology=debate: roles ['critic', 'judge']", "expected an agent whose role gives an answer beside the last one"),
         ("topology: mixture, agents: [{name: a, role: aggregator}]", "team.topology=mixture: roles ['aggregator']",
          "expected an agent whose role gives an answer beside the last one"),
+        ("agents: [{name: ../../evil}]", "team.agents: '../../evil'", "expected letters, digits, _, - and ."),
+        ("agents: [{name: a, policy: '[b]'}]", "team.agents: '[b]'", "expected letters, digits, _, - and ."),
         ("loop_from: nobody", "team.loop_from='nobody'", "expected the name of an agent of a pipeline"),
         ("topology: debate, loop_from: solver", "team.loop_from='solver'", "expected the name of an agent of a pipeline"),
         ("rounds: 2, loop_from: solver, agents: [{name: critic, role: critic}, {name: solver}]",

@@ -32,6 +32,16 @@ def batch(*names: str, step: int = 0) -> Batch:
     return Batch(step=step, traces=traces, outcomes=[float(n) for n in range(len(names))], steps={names[0]: {0: 1.0}})
 
 
+def test_costs_of_all_rounds_of_sampling_add_up_also_of_episodes_that_were_put_aside() -> None:
+    first, second = (
+        replace(batch(*names), tokens=tokens, credit={"credit/sampled": sampled, "erased_by_centring/solver": share})
+        for names, tokens, sampled, share in ((("p", "q"), 10.0, 4.0, 0.5), (("r", "s"), 20.0, 6.0, 0.25))
+    )
+    joined = first.only({"p"}).joined(second, num_tasks=2)
+    assert [item.task.id for item in joined.traces] == ["p", "r"] and joined.tokens == 30.0
+    assert joined.credit == {"credit/sampled": 10.0, "erased_by_centring/solver": 0.5}
+
+
 def test_only_keeps_episodes_with_their_outcomes() -> None:
     kept = batch("p", "q", "p", "r").only({"p", "r"})
     assert [item.task.id for item in kept.traces] == ["p", "p", "r"] and kept.outcomes == [0.0, 2.0, 3.0]

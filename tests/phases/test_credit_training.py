@@ -164,6 +164,15 @@ def test_a_trace_without_credit_keeps_its_advantages(tokenizer) -> None:
     ("settings", "words"),
     [
         ({"credit": {"form": "weight"}}, "method=local: without replays"),
+        ({"credit": {"replays": 4}}, "method=local: without replays"),
+        ({"credit": {"method": "shapley", "value": "removal"}}, "centring erases it; set value to masked or resample"),
+        ({"credit": {"method": "reward_blame", "value": "replacement"}}, "centring erases it"),
+        ({"credit": {"method": "outcome", "form": "weight"}}, "the outcome is the same for all agents"),
+        ({"credit": {"method": "loo"}, "commit": "best"}, "commit=best: the committed sibling would earn"),
+        (
+            {"credit": {"method": "loo", "form": "weight"}, "advantage": "reinforce_pp", "kind": "grpo"},
+            "advantage=reinforce_pp whitens later",
+        ),
         ({"credit": {"method": "loo"}, "reward_model": "runs/prm/model"}, "would both set a turn's reward"),
         ({"credit": {"method": "loo"}, "kind": "grpo"}, "set group_by=agent"),
     ],
