@@ -31,13 +31,6 @@ class Centring:
     """Groups whose values are all equal, those of one value included."""
     num_groups: int
 
-    def sentence(self, agent: str) -> str:
-        """The line for the log, e.g. "credit of solver: group centring erases 83% of its variance (41 of 64 groups ...)"."""
-        return (
-            f"credit of {agent}: group centring erases {self.erased_share:.0%} of its variance "
-            f"({self.num_constant_groups} of {self.num_groups} groups are constant)"
-        )
-
 
 def erased_by_centring(values: Sequence[float], keys: Sequence[Hashable]) -> Centring:
     """Split the variance of the values of one credit by group; keys[i] names the group of values[i].

@@ -17,6 +17,7 @@ from mas_hpc.credit_assignment.message_rewards import (
     FailureRewards,
     MessageRewardSettings,
     failure_rewards,
+    message_rewards,
     success_rewards,
 )
 from mas_hpc.credit_assignment.shapley import Attribution, leave_one_out, shapley
@@ -66,6 +67,9 @@ class Credit:
     """Of the agents, where the method has one."""
     unplaced: float = 0.0
     """Credit of agents without a message on this path (others' replays heard them): no message can carry it."""
+    residual: float = 0.0
+    """Of reward_blame after a success, outcome - v(nobody) - sum(rewards): what is unplaced, and the luck of this episode
+    against the mean of its replays, which is 0 where v(everybody) is this episode (masked, resample)."""
     values: tuple[float, ...] = ()
     """Of the M + 1 prefixes, where the method asked for all of them."""
     failure: FailureRewards | None = None
@@ -136,8 +140,12 @@ def reward_blame(path: Path) -> Estimate[Question, Credit]:
     attribution = yield from shapley(path.players, seed=path.seed)
     values = yield from prefix_values(path)
     phi, unplaced = _placed(path, attribution)
-    rewards = success_rewards(path.agents, phi, values, form=path.settings.form, spread=path.settings.spread)
-    return Credit(rewards=tuple(rewards), attribution=attribution, unplaced=unplaced, values=tuple(values))
+    found = message_rewards(
+        path.agents, phi=phi, values=values, outcome=path.outcome, baseline=attribution.empty, settings=path.settings
+    )
+    return Credit(
+        rewards=found.rewards, attribution=attribution, unplaced=unplaced, residual=found.residual, values=tuple(values)
+    )
 
 
 CREDIT: Mapping[CreditMethod, Callable[[Path], Estimate[Question, Credit]]] = {

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mas_hpc.credit_assignment.centring import Centring, credit_weights, erased_by_centring, guarded
+from mas_hpc.credit_assignment.centring import credit_weights, erased_by_centring, guarded
 from mas_hpc.credit_assignment.group_relative import group_relative
 
 CREDITS = st.dictionaries(st.sampled_from("abcdef"), st.floats(-1, 1), min_size=1)
@@ -38,12 +38,6 @@ def test_credit_that_varies_only_inside_groups_survives_whole() -> None:
 def test_of_a_constant_credit_nothing_is_left() -> None:
     centring = erased_by_centring([0.25, 0.25, 0.25], ["a", "a", "b"])
     assert (centring.total_variance, centring.erased_share, centring.num_constant_groups) == (0.0, 1.0, 2)
-
-
-def test_the_log_line_says_what_is_erased() -> None:
-    centring = Centring(total_variance=0.5, within_variance=0.085, erased_share=0.83, num_constant_groups=41, num_groups=64)
-    sentence = "credit of solver: group centring erases 83% of its variance (41 of 64 groups are constant)"
-    assert centring.sentence("solver") == sentence
 
 
 @given(st.lists(st.tuples(st.floats(-1, 1), st.sampled_from("abc")), min_size=1, max_size=12))
