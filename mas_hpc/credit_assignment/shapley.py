@@ -84,8 +84,9 @@ def antithetic(
 
     Stops after the batch at which at least 2 pairs were drawn and every standard error is <= tolerance, or after max_pairs.
     A batch of few pairs may stop too early, since pairs that agree by chance have no spread; pairs_per_batch None is a
-    whole cycle. The standard error is the deviation over pairs / sqrt(pairs), nan for one pair; with few pairs it is
-    itself uncertain (of 8 pairs of 8 players, 95% intervals covered 84% of 150 seeds). Once all 2^n coalitions are known the result is that of `exact`.
+    whole cycle. The standard error is the deviation over pairs / sqrt(pairs), nan for one pair, and with few pairs it is
+    itself uncertain: of 8 pairs of 8 players, 95% intervals covered 84% of 150 seeds. Once all 2^n coalitions are known the
+    result is that of `exact`.
     """
     names = _distinct(players)
     assert max_pairs >= 1 and (pairs_per_batch is None or pairs_per_batch >= 1)

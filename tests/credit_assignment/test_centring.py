@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mas_hpc.credit_assignment.centring import credit_weights, erased_by_centring, guarded
+from mas_hpc.credit_assignment.centring import Centring, credit_weights, erased_by_centring, guarded
 from mas_hpc.credit_assignment.group_relative import group_relative
 
 CREDITS = st.dictionaries(st.sampled_from("abcdef"), st.floats(-1, 1), min_size=1)
