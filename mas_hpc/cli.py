@@ -149,7 +149,7 @@ def credit(  # noqa: PLR0913 (options of the command line)
         typer.Option(help="first error by values of prefixes, executable checks, a PRM, or an LLM judge in one of three ways"),
     ] = "value",
     epsilon: Annotated[
-        float, typer.Option(min=0.0, help="least drop of a value that is an error; 0: 1.5 / replays, or 0.15")
+        float, typer.Option(min=0.0, help="least drop of a value that is an error; 0: max(0.15, 1.5 / replays), or 0.5 for one")
     ] = 0.0,
     resamples: Annotated[int, typer.Option(min=0, help="alternatives to a message, for preference pairs; 0: none")] = 0,
     pairs: Annotated[

@@ -32,9 +32,16 @@ class ValueStore:
         self._file = folder / f"values.rank{rank}.jsonl"
         self._known: dict[str, dict[Key, float]] = {}
         self._fresh: list[str] = []
+        self._sampled: set[tuple[str, Key]] = set()
+        self._used: set[tuple[str, Key]] = set()
         for file in sorted(folder.glob("values.rank*.jsonl")):
             self._read(file)
-        self.num_found = sum(map(len, self._known.values()))
+
+    @property
+    def used(self) -> list[str]:
+        """A name for each outcome that was read from disk and then asked for: the same name on every rank."""
+        texts = (json.dumps([subject, *_to_json(key)]) for subject, key in self._used)
+        return sorted(hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for text in texts)
 
     def of(self, subject: str) -> MutableMapping[Key, float]:
         """The outcomes of one subject."""
@@ -46,8 +53,14 @@ class ValueStore:
             lines.append(self._file, self._fresh, noun="values")
             self._fresh = []
 
+    def use(self, subject: str, key: Key) -> None:
+        """Count one outcome that was asked for, if it is of an earlier run."""
+        if (subject, key) not in self._sampled:
+            self._used.add((subject, key))
+
     def note(self, subject: str, key: Key, outcome: float) -> None:
         """Keep one outcome for the next flush."""
+        self._sampled.add((subject, key))
         if not math.isnan(outcome):
             self._fresh.append(json.dumps([subject, *_to_json(key), outcome]))
 
@@ -69,7 +82,9 @@ class _Outcomes(MutableMapping[Key, float]):
         self._store, self._subject, self._known = store, subject, known
 
     def __getitem__(self, key: Key) -> float:
-        return self._known[key]
+        outcome = self._known[key]
+        self._store.use(self._subject, key)
+        return outcome
 
     def __setitem__(self, key: Key, outcome: float) -> None:
         self._known[key] = outcome

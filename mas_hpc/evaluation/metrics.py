@@ -262,7 +262,7 @@ def _check_samples(metric: str, n: int, k: int) -> None:
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> SeedMean:
     """Mean of independent runs (seeds) and the half width of its Student-t interval. Raises ValueError without values."""
     n = len(values)
-    half = _t_quantile(confidence, n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
+    half = t_quantile(n - 1, confidence) * stdev(values) / math.sqrt(n) if n > 1 else None
     return SeedMean(mean=fmean(values), half_width=half, n=n)
 
 
@@ -281,8 +281,9 @@ def _t_outside(t: float, degrees: int) -> float:
     return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
 
 
-def _t_quantile(confidence: float, degrees: int) -> float:
-    """The t with P(|T| <= t) = confidence: the x of `_t_outside` by bracketing, then t."""
+def t_quantile(degrees: int, confidence: float = 0.95) -> float:
+    """The t with P(|T| <= t) = confidence, of Student's t with so many degrees of freedom, at least 1."""
+    # The x of `_t_outside` by bracketing, then t.
     outside = 1.0 - confidence
     x = mpmath.findroot(lambda x: mpmath.betainc(degrees / 2, 0.5, 0, x, regularized=True) - outside, (0, 1), solver="bisect")
     return float(mpmath.sqrt(degrees * (1 - x) / x))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mas_hpc.credit_assignment.credit import Credit, CreditMethod
 from mas_hpc.credit_assignment.credit import Path as CreditPath
 from mas_hpc.credit_assignment.error_localization import Fault, repairs
-from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings
+from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings, default_epsilon
 from mas_hpc.data import trace_store
 from mas_hpc.data.value_store import ValueStore
 from mas_hpc.distributed.exchange import gather_lines
@@ -36,12 +36,13 @@ from mas_hpc.training.reference import weights_digest
 from mas_hpc.types import Trace
 
 OF_AGENTS: tuple[CreditMethod, ...] = ("loo", "shapley", "reward_blame")
+OF_FAULTS: tuple[CreditMethod, ...] = ("first_error", "reward_blame")
 REPLAYED: tuple[CreditMethod, ...] = (*OF_AGENTS, "first_error")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreditOptions:
-    """What the command line says.
+    """What the command line says. Raises ConfigError for an option that nothing would read.
 
     Example: CreditOptions(method="shapley", value="masked", replays=4)
     """
@@ -56,7 +57,7 @@ class CreditOptions:
     """Most traces; 0: all."""
     localizer: Localizer = "value"
     epsilon: float = 0.0
-    """Least drop of a value that is an error; 0: 1.5 / replays, between two multiples of it, and 0.15 at the least."""
+    """Least drop of a value that is an error; 0: message_rewards.default_epsilon of the replays."""
     resamples: int = 0
     """Alternatives that are sampled in place of a message, for preference pairs; 0: none."""
     pairs: Literal["faults", "all"] = "faults"
@@ -67,15 +68,46 @@ class CreditOptions:
     """Trained PRM, for process_reward and for localizer=prm."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for option, without_effect, remedy in _effects(self):
+            if without_effect:
+                raise ConfigError(f"{option}: without effect here; {remedy}, or leave it out")
+
     @property
     def name(self) -> str:
-        """Of the files that are written."""
-        return f"{self.method}-{self.value}" if self.method in OF_AGENTS else self.method
+        """Of the folder and the traces that are written."""
+        value = f"-{self.value}" if self.method in OF_AGENTS else ""
+        return f"{self.method}{value}" + (f"-{self.localizer}" if self.localizer != "value" else "")
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether a process reward model is asked."""
+        return self.method == "process_reward" or self.localizer == "prm"
 
     @property
     def settings(self) -> MessageRewardSettings:
         """How values become rewards of messages."""
-        return MessageRewardSettings(epsilon=self.epsilon or max(0.15, 1.5 / self.replays))
+        return MessageRewardSettings(epsilon=self.epsilon or default_epsilon(self.replays))
+
+
+def _effects(options: CreditOptions) -> list[tuple[str, bool, str]]:
+    """Options with their values, whether they are given and nothing reads them, and what would."""
+    agents, faults = options.method in OF_AGENTS, options.method in OF_FAULTS
+    of_agents, of_faults = (f"use --method {' or '.join(methods)}" for methods in (OF_AGENTS, OF_FAULTS))
+    scored = f"use --method process_reward, or --method {' or '.join(OF_FAULTS)} with --localizer prm"
+    return [
+        (f"--value {options.value}", options.value != "removal" and not agents, of_agents),
+        (f"--base {options.base}", bool(options.base) and not agents, f"{of_agents}, with --value replacement"),
+        (f"--base {options.base}", bool(options.base) and options.value != "replacement", "add --value replacement"),
+        (f"--localizer {options.localizer}", options.localizer != "value" and not faults, of_faults),
+        (f"--epsilon {options.epsilon:g}", bool(options.epsilon) and not faults, of_faults),
+        (f"--reward-model {options.reward_model}", bool(options.reward_model) and not options.reads_scores, scored),
+        (
+            f"--resamples {options.resamples} --pairs faults",
+            bool(options.resamples) and options.pairs == "faults" and not faults, f"{of_faults}, or --pairs all",
+        ),
+        ("--pairs all", options.pairs == "all" and not options.resamples, "add --resamples"),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +127,7 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
     how = how_to_play(run, sampling, derive_seed(options.seed, "credit"))
     mine = selection.traces[run.world.rank :: run.world.size]
     scores = _scores(run, mine, options)
-    looks = options.method in ("first_error", "reward_blame")
+    looks = options.method in OF_FAULTS
     located = find_faults(run, mine, options.localizer, scores) if looks else Located(faults=[None] * len(mine))
     store = ValueStore(run.folder / "credit", rank=run.world.rank)
     gather_lines(run.world, ["ready"])  # all have read the store before anybody adds to it
@@ -104,13 +136,14 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
         replace(_game(run, trace, how, options, score, fault), outcomes=lambda subject: store.of(f"{subject} | {weights}"))
         for trace, score, fault in zip(mine, scores or [()] * len(mine), located.faults, strict=True)
     ]
-    requests = Counter(known=store.num_found if run.world.is_first else 0, unparseable=located.unparseable)
+    requests = Counter(unparseable=located.unparseable)
     found = _play(run, games, options, store, requests)
     numbers = range(run.world.rank, len(selection.traces), run.world.size)
     lines = [json.dumps({"number": number, **entry}) for number, entry in zip(numbers, found, strict=True) if entry]
     gathered = [json.loads(line) for line in gather_lines(run.world, [*lines, json.dumps({"requests": requests})])]
     records = {entry["number"]: entry for entry in gathered if "number" in entry}
     totals = sum((Counter(entry["requests"]) for entry in gathered if "requests" in entry), Counter())
+    totals["known"] = len(set(gather_lines(run.world, store.used)))
     results = summary(options, selection, records, totals)
     if run.world.is_first:
         write(run, options, selection, records, results)
@@ -182,7 +215,7 @@ def _sampling(run: Run, file: Path) -> Sampling:
 
 def _with_base(run: Run, options: CreditOptions) -> Run:
     """With an engine for the policy that replaces absent agents. Raises ConfigError where nothing says what that is."""
-    if options.value != "replacement" or options.method not in OF_AGENTS:
+    if options.value != "replacement":
         return run
     if options.base:
         model = load_other(run.config, options.base, run.tokenizer, "--base")
@@ -199,10 +232,10 @@ def _with_base(run: Run, options: CreditOptions) -> Run:
 
 def _scores(run: Run, traces: Sequence[Trace], options: CreditOptions) -> list[tuple[dict[int, float], ...]]:
     """For every trace and message the scores of its steps by a process reward model; empty without one."""
-    if not options.reward_model:
-        if options.method == "process_reward" or options.localizer == "prm":
-            raise ConfigError("--reward-model: required; expected runs/<name>/model of a run with method.kind=prm")
+    if not options.reads_scores:
         return []
+    if not options.reward_model:
+        raise ConfigError("--reward-model: required; expected runs/<name>/model of a run with method.kind=prm")
     model = load_reward_model(run, options.reward_model)
     if model.reads != "steps":
         raise ConfigError(f"--reward-model {options.reward_model}: it scores whole answers; expected one of method.kind=prm")

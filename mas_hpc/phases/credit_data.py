@@ -8,6 +8,7 @@ from math import isnan
 from typing import Any, Literal
 
 from mas_hpc.credit_assignment.credit import Credit
+from mas_hpc.credit_assignment.message_rewards import repair_pairs, step_labels
 from mas_hpc.orchestration.episode import Steps
 from mas_hpc.phases.replays import Game
 from mas_hpc.types import Message, Turn
@@ -35,13 +36,7 @@ def training_rows(game: Game, credit: Credit, count: int, which: Literal["faults
         rows["unvalued"] += [{"turn": turn.id} for turn, value in siblings if isnan(value)]
         valued = [(turn, value) for turn, value in siblings if not isnan(value) and turn.text.strip()]
         if which == "faults":
-            recorded = next((value for turn, value in valued if turn is game.path.turns[place]), None)
-            better = [(turn, value) for turn, value in valued if recorded is not None and value - recorded >= MIN_MARGIN]
-            rows["pairs"] += [
-                _pair(game, place, turn, game.path.turns[place], value - (recorded or 0.0))
-                for turn, value in better
-                if turn.text != game.path.turns[place].text
-            ]
+            rows["pairs"] += _repairs(game, place, valued)
         elif valued:
             best, worst = max(valued, key=_value), min(valued, key=_value)
             if best[1] - worst[1] >= MIN_MARGIN and best[0].text != worst[0].text:
@@ -49,6 +44,17 @@ def training_rows(game: Game, credit: Credit, count: int, which: Literal["faults
             if best[1] > game.path.settings.threshold:
                 rows["positives"].append(_prompt(game, place) | {"completion": _answer(game, place, best[0])})
     return rows
+
+
+def _repairs(game: Game, place: int, valued: Sequence[tuple[Turn, float]]) -> list[dict[str, Any]]:
+    """The pairs of the first error; none where it has no value."""
+    turns, error = {turn.id: turn for turn, _ in valued}, game.path.turns[place]
+    if error.id not in turns:
+        return []
+    siblings = [(turn.id, value) for turn, value in valued]
+    found = repair_pairs(siblings, error.id, prefix_turn=error.parent, min_margin=MIN_MARGIN)
+    pairs = [(turns[pair.chosen], pair.margin) for pair in found]
+    return [_pair(game, place, chosen, error, margin) for chosen, margin in pairs if chosen.text != error.text]
 
 
 def _value(sibling: tuple[Turn, float]) -> float:
@@ -76,13 +82,17 @@ def _text(text: str | Sequence[Message]) -> Any:
 
 
 def step_row(game: Game, credit: Credit) -> dict[str, Any] | None:
-    """The path as a solution whose steps are its messages, labelled by the value after each; None where values are unknown.
+    """The path as a solution whose steps are its messages, in TRL's stepwise format; None where values are unknown.
 
-    TRL's stepwise format. A soft label is the share of continuations that succeed (Math-Shepherd, arXiv 2312.08935).
+    `labels` are soft: the value after each message. `hard_labels` are 1 before the first error, 0 at it and null (not known)
+    after it; see message_rewards.step_labels.
     """
     texts = [turn.text for turn in game.path.turns]
     if not credit.values or not all(text.strip() for text in texts):
         return None
     opening = game.how.team.conversation(game.task, game.how.team.agents[game.path.turns[0].agent], ())
     prompt = opening if isinstance(opening, str) else game.task.question
-    return {"prompt": prompt, "completions": texts, "labels": list(credit.values[1:])}
+    first_error = credit.failure.first_error if credit.failure else None
+    found = step_labels(credit.values, epsilon=game.path.settings.epsilon, first_error=first_error)
+    hard = [None if isnan(label) else label for label in found.hard]
+    return {"prompt": prompt, "completions": texts, "labels": list(found.soft), "hard_labels": hard}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mas_hpc.data import lines, trace_store
-from mas_hpc.evaluation.metrics import clustered_mean
+from mas_hpc.evaluation.metrics import clustered_mean, t_quantile
 from mas_hpc.run import Run
 from mas_hpc.types import Trace
 
@@ -39,6 +38,7 @@ def summary(options: CreditOptions, selection: Selection, records: Records, requ
     failures = [entry["failure"] for entry in found if entry["failure"]]
     blamed = [entry["fault"]["agent"] for entry in found if entry["fault"]]
     return {
+        "name": options.name,
         "method": options.method,
         "value": options.value if any(entry["phi"] for entry in found) else "",
         "replays": options.replays,
@@ -71,15 +71,19 @@ def _agent(agent: str, found: Sequence[Mapping[str, Any]], blamed: Sequence[str]
 
 
 def _mean(values: Iterable[tuple[str, float]]) -> dict[str, float | int | None]:
-    """Mean and standard error with questions as clusters; None where there is nothing to tell it from."""
+    """Mean, its standard error with questions as clusters, and the half width of the 95% interval by Student's t over them.
+
+    None where there is nothing to tell them from.
+    """
     clusters: dict[str, list[float]] = {}
     for task, value in values:
         clusters.setdefault(task, []).append(value)
     if not clusters:
-        return {"mean": None, "standard_error": None, "n": 0}
+        return {"mean": None, "standard_error": None, "half_width": None, "n": 0}
     found = clustered_mean(list(clusters.values()))
     error = found.standard_error
-    return {"mean": found.mean, "standard_error": None if error is None or math.isnan(error) else error, "n": found.n}
+    half = None if error is None else t_quantile(found.num_clusters - 1) * error
+    return {"mean": found.mean, "standard_error": error, "half_width": half, "n": found.n}
 
 
 def _rows(found: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
@@ -91,17 +95,22 @@ def _rows(found: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
 
 
 def write(run: Run, options: CreditOptions, selection: Selection, records: Records, results: Mapping[str, Any]) -> None:
-    """credit/<name>.json, a line a trace in <name>.jsonl, the rows for training, and the traces with their credit."""
-    folder = run.folder / "credit"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{options.name}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    """Replace credit/<name>/ (summary.json, a line a trace in traces.jsonl, rows for training) and traces/credit-<name>.jsonl.
+
+    A kind of rows that this run has none of leaves no file.
+    """
+    folder = run.folder / "credit" / options.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     found = [records[number] for number in sorted(records)]
     bulky = {*ROWS, "unvalued"}
     plain = [{name: value for name, value in entry.items() if name not in bulky} for entry in found]
-    _replace(folder / f"{options.name}.jsonl", [json.dumps(entry) for entry in plain])
+    _replace(folder / "traces.jsonl", [json.dumps(entry) for entry in plain])
     for name in ROWS:
         if rows := _rows(found, name):
             _replace(folder / f"{name}.jsonl", [json.dumps(row) for row in rows])
+        else:
+            (folder / f"{name}.jsonl").unlink(missing_ok=True)
     credited = [_credited(selection.traces[number], entry, options.name) for number, entry in sorted(records.items())]
     _replace(run.folder / "traces" / f"credit-{options.name}.jsonl", [trace_store.to_json(trace) for trace in credited])
 
@@ -136,7 +145,7 @@ def print_credit(console: Console, results: Mapping[str, Any], folder: Path) -> 
     console.print(_sentence(results), highlight=False, soft_wrap=True)
     rows = {name: number for name, number in results["rows"].items() if number and name in ROWS}
     for name, number in rows.items():
-        console.print(f"{number} {name}: {folder / 'credit' / name}.jsonl", highlight=False, soft_wrap=True)
+        console.print(f"{number} {name}: {folder / 'credit' / results['name'] / name}.jsonl", highlight=False, soft_wrap=True)
     if results["rows"]["unvalued"]:
         console.print(f"{results['rows']['unvalued']} alternatives could not be valued and make no pair", style="yellow")
 
@@ -144,7 +153,7 @@ def print_credit(console: Console, results: Mapping[str, Any], folder: Path) -> 
 def _interval(entry: Mapping[str, Any]) -> str:
     if entry["mean"] is None:
         return "-"
-    half = f" +- {1.96 * entry['standard_error']:.3f}" if entry["standard_error"] is not None else ""
+    half = f" +- {entry['half_width']:.3f}" if entry["half_width"] is not None else ""
     return f"{entry['mean']:+.3f}{half}"
 
 

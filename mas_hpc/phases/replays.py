@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain
+from math import nan
 
 from mas_hpc.credit_assignment.credit import CREDIT, Credit, CreditMethod, Path, Question
+from mas_hpc.credit_assignment.shapley import Attribution, leave_one_out, mean_of_replays, shapley
 from mas_hpc.data.value_store import Key, path_digest
 from mas_hpc.orchestration.episode import Play, Result, Steps, parallel
 from mas_hpc.orchestration.replay import Counterfactual, ValueFunction, shared, valued
@@ -38,12 +41,36 @@ class Game:
         )  # fmt: skip
 
     def credit(self, method: CreditMethod) -> Steps[Credit | None]:
-        """The credit of the path's messages; None where a value is missing because every replay of it failed."""
-        counterfactual = self.counterfactual
+        """The credit of the path's messages; None where a value is missing because every replay of it failed.
+
+        An attribution whose estimator sampled no coalitions has the standard errors of the mean over the replays: nan with
+        fewer than two replays that have all outcomes.
+        """
+        counterfactual, canonical = self.counterfactual, cache(self.counterfactual.canonical)
         credit: Credit | None = yield from valued(
-            CREDIT[method](self.path), lambda question: self._mean(counterfactual, question), counterfactual.canonical
+            CREDIT[method](self.path), lambda question: self._mean(counterfactual, question), canonical
         )
-        return credit
+        if credit is None or credit.attribution is None or any(credit.attribution.standard_error):
+            return credit
+        single = yield from self._single_replays(method, canonical)
+        errors = mean_of_replays(single).standard_error if len(single) > 1 else (nan,) * len(self.path.players)
+        return replace(credit, attribution=replace(credit.attribution, standard_error=errors))
+
+    def _single_replays(self, method: CreditMethod, canonical: Callable[[Question], Question]) -> Steps[list[Attribution]]:
+        """The attribution by each replay alone, of those with all outcomes; nothing is sampled."""
+        outcomes = cache(lambda question: self.outcomes(self._subject(self.path.turns, question)))
+
+        def known(question: Question, number: int) -> Steps[float]:
+            yield from ()
+            return outcomes(question).get((question, number), nan)
+
+        def alone(number: int) -> Steps[Attribution | None]:
+            players = self.path.players
+            estimate = leave_one_out(players) if method == "loo" else shapley(players, seed=self.path.seed)
+            return valued(estimate, lambda question: known(question, number), canonical)
+
+        found = yield from parallel([alone(number) for number in range(self.num_replays)])
+        return [attribution for attribution in found if attribution is not None]
 
     def siblings(self, place: int, count: int) -> Steps[list[tuple[Turn, float]]]:
         """Message `place` and `count` alternatives to it, each with the mean outcome from it on; nan if all replays failed."""

@@ -33,7 +33,6 @@ def filled(folder: Path, rank: int = 0) -> ValueStore:
 def test_outcomes_are_found_again_under_their_subject_only(tmp_path: Path) -> None:
     filled(tmp_path)
     again = ValueStore(tmp_path, rank=0)
-    assert again.num_found == 3
     assert dict(again.of("q | removal")) == {(SOLVER, 0): 1.0, (NOBODY, 3): 0.0}
     assert dict(again.of("q | prefix")) == {(2, 1): 0.5}
     assert len(again.of("r | removal")) == 0
@@ -64,6 +63,21 @@ def test_a_flush_writes_what_is_new_and_nothing_twice(tmp_path: Path) -> None:
     assert len((tmp_path / "values.rank0.jsonl").read_text().splitlines()) == 4
 
 
+def test_used_are_the_outcomes_from_disk_that_were_asked_for_each_once(tmp_path: Path) -> None:
+    filled(tmp_path)
+    stores = [ValueStore(tmp_path, rank=rank) for rank in (0, 1)]
+    assert stores[0].used == []
+    for store in stores:
+        outcomes = store.of("q | removal")
+        assert (SOLVER, 1) not in outcomes and (SOLVER, 0) in outcomes and outcomes[SOLVER, 0] == 1.0
+        outcomes[SOLVER, 1] = 0.0
+        assert outcomes[SOLVER, 1] == 0.0, "sampled by this run, and asked for again"
+        assert len(store.used) == 1
+    assert stores[0].used == stores[1].used
+    assert stores[0].of("q | prefix")[2, 1] == 0.5
+    assert len(stores[0].used) == 2 and set(stores[1].used) < set(stores[0].used)
+
+
 def test_every_rank_reads_all_files_and_appends_to_its_own(tmp_path: Path) -> None:
     filled(tmp_path, rank=0)
     second = ValueStore(tmp_path, rank=1)
@@ -71,7 +85,8 @@ def test_every_rank_reads_all_files_and_appends_to_its_own(tmp_path: Path) -> No
     second.flush()
     for rank in (0, 1, 2):
         store = ValueStore(tmp_path, rank=rank)
-        assert store.num_found == 4 and store.of("r")[SOLVER, 0] == 1.0 and store.of("q | prefix")[2, 1] == 0.5
+        assert store.of("q | removal")[SOLVER, 0] == 1.0
+        assert store.of("r")[SOLVER, 0] == 1.0 and store.of("q | prefix")[2, 1] == 0.5
     assert sorted(file.name for file in tmp_path.iterdir()) == ["values.rank0.jsonl", "values.rank1.jsonl"]
 
 
@@ -81,7 +96,7 @@ def test_a_torn_last_line_is_ignored_and_mended_by_the_next_flush(tmp_path: Path
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
     store = ValueStore(tmp_path, rank=0)
-    assert store.num_found == 2
+    assert len(store.of("q | removal")) == 2 and len(store.of("q | prefix")) == 0
     store.of("q | prefix")[2, 1] = 0.5
     with caplog.at_level(logging.WARNING):
         store.flush()
@@ -95,7 +110,8 @@ def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path: Path) -> None:
     store = ValueStore(tmp_path, rank=0)
     store.of("r")[SOLVER, 0] = 1.0
     store.flush()
-    assert ValueStore(tmp_path, rank=0).num_found == 4
+    again = ValueStore(tmp_path, rank=0)
+    assert [len(again.of(subject)) for subject in ("q | removal", "q | prefix", "r")] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("line", ['["q", [], 0]', "7", '{"q": 1}', '["q", [["a"]], 0, 1.0]', '["q", [], 0, "x"]', "garbage"])

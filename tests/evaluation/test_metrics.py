@@ -20,6 +20,7 @@ from mas_hpc.evaluation.metrics import (
     paired_test,
     pass_at_k,
     t_interval,
+    t_quantile,
     tokens_per_correct,
     tokens_per_question,
     wilson,
@@ -223,6 +224,7 @@ def test_majority_of_many_samples_is_binomial():
 def test_half_width_matches_the_printed_table_of_student_t(n, quantile):
     values = [float(value) for value in range(n)]
     assert t_interval(values).half_width == pytest.approx(quantile * stdev(values) / math.sqrt(n), rel=4e-4)
+    assert t_quantile(n - 1) == pytest.approx(quantile, abs=5e-4)
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.99, 0.999])

@@ -12,8 +12,8 @@ from mas_hpc.errors import DataError
 from mas_hpc.evaluation.report import build
 from mas_hpc.evaluation.report.build import build_report
 from mas_hpc.evaluation.report.headline import compare, sentences
-from mas_hpc.evaluation.report.plots import Panel, Series, draw, panels, running_mean, ticks
-from mas_hpc.evaluation.report.run_folder import MetricLine, Paired, Results, Row
+from mas_hpc.evaluation.report.plots import Bar, Panel, Series, bars, draw, panels, running_mean, ticks
+from mas_hpc.evaluation.report.run_folder import MetricLine, Paired, Results, Row, read_run
 from mas_hpc.types import Task, Trace, Turn
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>{{ 7 * 7 }}&lt;\ud800"
@@ -269,3 +269,22 @@ def test_a_turn_without_numbers_is_shown_as_such(run):
     records = Page(build_report(run).read_text(encoding="utf-8")).traces
     assert records[0]["set"] == "evaluation-after: after"
     assert (records[0]["turns"][0]["reward"], records[0]["turns"][0]["error"]) == (None, "prompt too long")
+
+
+def test_credit_runs_are_shown_by_name_with_their_intervals(run):
+    for name, half in (("outcome", 0.125), ("first_error-checks", None)):
+        found = {"mean": 0.5, "standard_error": 0.0625, "half_width": half, "n": 8}
+        summary = {
+            "name": name, "method": name.partition("-")[0], "replays": 4, "traces": {"file": "rollout", "credited": 8},
+            "agents": {"solver": {"message": found, "phi": {"mean": None, "n": 0}}},
+        }  # fmt: skip
+        file = run / "credit" / name / "summary.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(summary))
+    (run / "credit" / "other.json").write_text("{}")
+    shown = [(summary.name, summary.agents["solver"].message.half_width) for summary in read_run(run, 1).credit]
+    assert shown == [("first_error-checks", None), ("outcome", 0.125)]
+    html = build_report(run).read_text(encoding="utf-8")
+    assert "<h3>outcome</h3>" in html and "<h3>first_error-checks</h3>" in html
+    for half in (0.125, 0.0):
+        assert bars("Credit per message", [Bar(name="solver", value=0.5, half=half)]) in html

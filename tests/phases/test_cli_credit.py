@@ -55,12 +55,13 @@ def test_every_method_runs_and_a_second_call_samples_nothing(cli, folder: Path, 
     assert code == 0, err
     assert f"rollout: {NUM_TASKS} traces credited" in out and f"report: {folder}" in out.replace("\n", "")
     name = f"{method}-{value}" if method in ("shapley", "loo", "reward_blame") else method
-    results = json.loads((folder / "credit" / f"{name}.json").read_text())
+    results = json.loads((folder / "credit" / name / "summary.json").read_text())
+    assert f"<h3>{name}</h3>" in (folder / "report.html").read_text()
     assert (results["requests"]["sampled"] > 0) == (method not in ("local", "outcome"))
     if method != "reward_blame":  # which has Shapley values of right answers alone
         assert ("Shapley value" in out, "leave-one-out" in out) == (method == "shapley", method == "loo")
     code, out, _ = cli(*words)
-    again = json.loads((folder / "credit" / f"{name}.json").read_text())
+    again = json.loads((folder / "credit" / name / "summary.json").read_text())
     assert code == 0 and again["requests"]["sampled"] == 0
     assert again | {"requests": None} == results | {"requests": None}
     assert ("Nothing sampled" in out) == (method not in ("local", "outcome"))
@@ -70,7 +71,7 @@ def test_outcomes_under_another_base_model_are_others_wherever_it_lies(cli, fold
     def sampled(base: Path) -> int:
         code, _, err = cli(folder, "--value", "replacement", "--replays", 1, "--base", base)
         assert code == 0, err
-        return json.loads((folder / "credit" / "shapley-replacement.json").read_text())["requests"]["sampled"]
+        return json.loads((folder / "credit" / "shapley-replacement" / "summary.json").read_text())["requests"]["sampled"]
 
     assert sampled(folder / "model") > 0
     assert sampled(shutil.copytree(folder / "model", folder / "moved")) == 0
@@ -100,7 +101,7 @@ def test_adapters_come_off_for_agents_that_are_replaced(cli, runs: Path, tmp_pat
     code, _, err = cli(folder, "--value", "replacement", "--replays", 1)
     assert code == 0, err
     assert opened(folder).bank is not None
-    results = json.loads((folder / "credit" / "shapley-replacement.json").read_text())
+    results = json.loads((folder / "credit" / "shapley-replacement" / "summary.json").read_text())
     assert all(entry["phi"]["n"] == 2 for entry in results["agents"].values())
 
 
@@ -145,7 +146,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], tuple[str, 
         ("rollout.jsonl: turns of policy versions 0 to 0, but the run's weights are of version 3", "or roll out again"),
     ),
     "alternatives of another version": (
-        lambda folder: edited(folder, "policy_version.json", "3"), ("--method", "local", "--resamples", "1"),
+        lambda folder: edited(folder, "policy_version.json", "3"), ("--method", "local", "--resamples", "1", "--pairs", "all"),
         ("the run's weights are of version 3",),
     ),
     "weights not saved": (lambda folder: shutil.rmtree(folder / "model"), (), ("were not saved; expected", "run it again")),
@@ -185,6 +186,34 @@ def test_a_mistake_is_one_line_that_names_it_and_the_remedy(cli, folder: Path, m
     code, _, err = cli(folder, *(folder / word if word in ("foreign", "model") else word for word in words))
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
     assert all(part in err for part in expected), err
+
+
+WITHOUT_EFFECT = {
+    "--value masked": "--method first_error",
+    "--base some/model": "",
+    "--base this/model": "--method outcome",
+    "--localizer checks": "--method shapley",
+    "--reward-model some/prm": "--method first_error --localizer checks",
+    "--epsilon 0.25": "--method loo",
+    "--resamples 2 --pairs faults": "--method outcome",
+    "--pairs all": "--method outcome",
+}
+REMEDIES = {
+    "--value masked": "use --method loo or shapley or reward_blame",
+    "--base some/model": "add --value replacement",
+    "--base this/model": "use --method loo or shapley or reward_blame, with --value replacement",
+    "--localizer checks": "use --method first_error or reward_blame",
+    "--reward-model some/prm": "use --method process_reward, or --method first_error or reward_blame with --localizer prm",
+    "--epsilon 0.25": "use --method first_error or reward_blame",
+    "--resamples 2 --pairs faults": "use --method first_error or reward_blame, or --pairs all",
+    "--pairs all": "add --resamples",
+}
+
+
+@pytest.mark.parametrize("option", WITHOUT_EFFECT)
+def test_an_option_that_nothing_would_read_is_refused(cli, tmp_path: Path, option: str) -> None:
+    code, _, err = cli(tmp_path, *option.split(), *WITHOUT_EFFECT[option].split())
+    assert (code, err) == (1, f"error: {option}: without effect here; {REMEDIES[option]}, or leave it out\n")
 
 
 def test_methods_that_replay_nothing_take_traces_of_any_version(cli, folder: Path) -> None:

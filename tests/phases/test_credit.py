@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from io import StringIO
 from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from mas_hpc.credit_assignment.credit import Credit
 from mas_hpc.credit_assignment.credit import Path as CreditPath
@@ -27,6 +29,7 @@ from mas_hpc.evaluation.report.build import build_report
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.phases.credit import CreditOptions, credit
 from mas_hpc.phases.credit import record as as_record
+from mas_hpc.phases.credit_results import print_credit
 from mas_hpc.phases.replays import Game
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import ScriptedEngine
@@ -88,9 +91,9 @@ CORRUPTED = always(solver="wrong", reviser="repeats")
 VARYING = {"solver": often, "reviser": lambda request: "right" if request.seed % 3 else "repeats"}
 
 
-def lines_of(folder: Path, name: str) -> list[Any]:
-    """Rows that a credit run has written; none where it wrote no file."""
-    file = folder / "credit" / f"{name}.jsonl"
+def lines_of(folder: Path, run: str, name: str) -> list[Any]:
+    """Rows that a credit run of that name has written; none where it wrote no file."""
+    file = folder / "credit" / run / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -115,10 +118,11 @@ def test_a_solver_whose_answer_is_repeated_earns_everything(folder: Path, value)
     for trace in trace_store.read(folder / "traces" / f"credit-shapley-{value}.jsonl"):
         assert [turn.credit for turn in trace.path] == [1.0, 0.0, 0.0, 0.0]
         assert trace.label == f"credit shapley-{value}"
-    assert json.loads((folder / "credit" / f"shapley-{value}.json").read_text()) == results
-    rows = lines_of(folder, f"shapley-{value}")
+    assert json.loads((folder / "credit" / f"shapley-{value}" / "summary.json").read_text()) == results
+    rows = lines_of(folder, f"shapley-{value}", "traces")
     assert [row["number"] for row in rows] == list(range(NUM_TASKS))
     assert {(*row["rewards"], *row["phi"].values(), row["total"]) for row in rows} == {(1.0, 0.0, 0.0, 0.0) * 2 + (1.0,)}
+    assert all(row["standard_error"] == [0.0] * 4 for row in rows), "both replays say the same"
     assert all(row.keys().isdisjoint({"pairs", "positives", "steps", "unvalued"}) for row in rows)
 
 
@@ -133,16 +137,24 @@ def test_a_corrupted_message_is_found_and_every_alternative_that_repairs_it_is_p
     for trace in trace_store.read(folder / "traces" / "credit-reward_blame-removal.jsonl"):
         assert [turn.credit for turn in trace.path] == [-1.0, 0.0, 0.0, 0.0]
     assert results["rows"] == {"pairs": 2 * NUM_TASKS, "positives": 0, "steps": NUM_TASKS, "faults": NUM_TASKS, "unvalued": 0}
-    pairs, _ = load_preferences(str(folder / "credit" / "pairs.jsonl"), num_train=2 * NUM_TASKS, num_test=0, seed=0)
+    pairs, _ = load_preferences(
+        str(folder / "credit" / "reward_blame-removal" / "pairs.jsonl"), num_train=2 * NUM_TASKS, num_test=0, seed=0
+    )
     recorded = {f"Q{trace.task.compact}S": trace for trace in traces}
     for pair in pairs:
         assert isinstance(pair, Pair) and isinstance(pair.prompt, str)
         trace = recorded[pair.prompt]
         assert (pair.chosen, pair.rejected, pair.margin) == (trace.task.answer, trace.path[0].text, 1.0)
-    steps, _ = load_steps(str(folder / "credit" / "steps.jsonl"), num_train=NUM_TASKS, num_test=0, seed=0)
+    steps, _ = load_steps(
+        str(folder / "credit" / "reward_blame-removal" / "steps.jsonl"), num_train=NUM_TASKS, num_test=0, seed=0
+    )
     for solution in steps:
         assert solution.steps == tuple(turn.text for turn in recorded[solution.prompt].path)
         assert solution.labels == (0.0, 0.0, 0.0, 0.0), "nobody repairs what the solver wrote"
+    rows = lines_of(folder, "reward_blame-removal", "steps")
+    assert {tuple(row["hard_labels"]) for row in rows} == {(0.0, None, None, None)}
+    named = [(row["turn"], row["agent"]) for row in lines_of(folder, "reward_blame-removal", "faults")]
+    assert named == [(0, "solver")] * NUM_TASKS
 
 
 def test_the_record_of_a_fault_names_the_turns_that_tried_to_repair_it(folder: Path) -> None:
@@ -161,7 +173,7 @@ def test_all_messages_get_alternatives_when_asked_and_the_best_are_positives(fol
     record(folder, {"solver": often, "reviser": lambda request: "repeats"})
     run, _ = spoken_for(opened(folder), {"solver": often, "reviser": lambda request: "repeats"})
     results = credit(run, CreditOptions(method="local", replays=1, resamples=3, pairs="all"))
-    pairs, positives = (lines_of(folder, name) for name in ("pairs", "positives"))
+    pairs, positives = (lines_of(folder, "local", name) for name in ("pairs", "positives"))
     assert len(pairs) == results["rows"]["pairs"] > 0 and {row["agent"] for row in pairs} == {"solver"}
     answers = {task.compact: task.answer for task in load_tasks(run.config.data)[1]}
     for row in pairs:
@@ -176,11 +188,11 @@ def test_alternatives_are_sampled_again_but_not_what_follows_them(folder: Path) 
     options = CreditOptions(method="local", replays=2, resamples=3, pairs="all")
     run, first = spoken_for(opened(folder), VARYING)
     results = credit(run, options)
-    pairs = lines_of(folder, "pairs")
+    pairs = lines_of(folder, "local", "pairs")
     run, engine = spoken_for(opened(folder), VARYING)
     again = credit(run, options)
     assert len(first.requests) > len(engine.requests) == again["requests"]["sampled"] == NUM_TASKS * 4 * 3
-    assert again["rows"] == results["rows"] and lines_of(folder, "pairs") == pairs != []
+    assert again["rows"] == results["rows"] and lines_of(folder, "local", "pairs") == pairs != []
 
 
 @pytest.mark.parametrize("pairs", ["faults", "all"])
@@ -204,7 +216,7 @@ def test_equal_texts_of_different_tokens_make_no_pair(folder: Path, pairs) -> No
     run = replace(run, engine=ScriptedEngine(ending, run.tokenizer))
     results = credit(run, CreditOptions(method="first_error", replays=1, epsilon=0.5, resamples=2, pairs=pairs))
     assert results["agents"]["solver"]["first_errors"] == NUM_TASKS, "the tokens do make a difference"
-    assert not [row for row in lines_of(folder, "pairs") if row["agent"] == "solver"]
+    assert not [row for row in lines_of(folder, "first_error", "pairs") if row["agent"] == "solver"]
 
 
 def test_traces_that_cannot_get_credit_are_counted_by_reason(folder: Path) -> None:
@@ -259,6 +271,72 @@ def test_an_alternative_that_cannot_be_valued_makes_no_pair_and_is_counted(folde
     run, _ = spoken_for(run, HONEST, fails=after_a_right_answer)
     results = credit(run, CreditOptions(method="local", replays=2, resamples=3, pairs="all"))
     assert (results["rows"]["unvalued"], results["rows"]["pairs"]) == (3 * NUM_TASKS, 0)
+
+
+# ---- what is left behind
+
+
+def test_a_run_replaces_its_own_files_and_no_others(folder: Path) -> None:
+    record(folder, CORRUPTED)
+    run, _ = spoken_for(opened(folder), HONEST)
+    for method in ("reward_blame", "first_error"):
+        credit(run, CreditOptions(method=method, resamples=1))
+    other = lines_of(folder, "first_error", "pairs")
+    names = ("faults.jsonl", "pairs.jsonl", "steps.jsonl", "summary.json", "traces.jsonl")
+    assert tuple(sorted(file.name for file in (folder / "credit" / "reward_blame-removal").iterdir())) == names
+    record(folder, HONEST)
+    credit(run, CreditOptions(method="reward_blame", limit=3))
+    found = sorted(file.name for file in (folder / "credit" / "reward_blame-removal").iterdir())
+    assert found == ["steps.jsonl", "summary.json", "traces.jsonl"], "nobody failed: neither pairs nor faults are left"
+    assert len(lines_of(folder, "reward_blame-removal", "steps")) == 3
+    assert lines_of(folder, "first_error", "pairs") == other != []
+
+
+def test_every_localizer_has_a_folder_of_its_own(folder: Path) -> None:
+    record(folder, CORRUPTED)
+    run, _ = spoken_for(opened(folder), HONEST)
+    for localizer in ("value", "checks"):
+        credit(run, CreditOptions(method="first_error", localizer=localizer, replays=2))
+    assert len(lines_of(folder, "first_error", "faults")) == NUM_TASKS
+    assert len(lines_of(folder, "first_error-checks", "traces")) == NUM_TASKS
+    assert (folder / "traces" / "credit-first_error-checks.jsonl").exists()
+
+
+def test_known_outcomes_are_those_from_disk_that_this_run_has_asked_for(folder: Path) -> None:
+    record(folder, HONEST)
+    run, _ = spoken_for(opened(folder), HONEST)
+
+    def known(method, **options: Any) -> int:
+        return credit(run, CreditOptions(method=method, replays=2, **options))["requests"]["known"]
+
+    assert known("shapley") == 0, "what this run has sampled itself was not known before"
+    # Plays that differ, as in test_replays: nobody, S, R, SR, CR and SCR. Leave-one-out asks for all of them but R.
+    assert known("shapley") == NUM_TASKS * 2 * 6
+    assert known("shapley", limit=1) == 2 * 6
+    assert known("shapley", seed=1) == 0
+    assert known("loo", limit=1) == 2 * 5
+    assert known("outcome") == 0
+
+
+def test_the_interval_is_student_s_over_questions(folder: Path) -> None:
+    record(folder, {"solver": often, "reviser": lambda request: "repeats"})
+    results = credit(opened(folder), CreditOptions(method="outcome"))
+    for entry in results["agents"].values():
+        assert 0 < entry["message"]["mean"] < 1
+        # The printed table of t: 2.365 at 7 degrees of freedom.
+        assert entry["message"]["half_width"] == pytest.approx(2.365 * entry["message"]["standard_error"], rel=2e-4)
+    console = Console(record=True, width=200, file=StringIO())
+    print_credit(console, results, folder)
+    message = results["agents"]["solver"]["message"]
+    assert console.export_text().count(f"{message['mean']:+.3f} +- {message['half_width']:.3f}") == 4
+    alone = credit(opened(folder), CreditOptions(method="outcome", limit=1))
+    assert all(entry["message"]["half_width"] is None for entry in alone["agents"].values())
+
+
+@pytest.mark.parametrize(("epsilon", "replays", "expected"), [(0.0, 1, 0.5), (0.0, 4, 0.375), (0.0, 16, 0.15), (0.25, 4, 0.25)])
+def test_the_least_drop_that_is_an_error_follows_the_replays(epsilon: float, replays: int, expected: float) -> None:
+    options = CreditOptions(method="first_error", epsilon=epsilon, replays=replays)
+    assert options.settings.epsilon == expected
 
 
 # ---- which traces
@@ -340,9 +418,11 @@ def test_two_ranks_give_the_summary_of_one(folder: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for options, one in zip(TOGETHER, expected, strict=True):
-        assert json.loads((other / "credit" / f"{options.name}.json").read_text()) == one
+        assert json.loads((other / "credit" / options.name / "summary.json").read_text()) == one
+        for kind in ("traces", "pairs", "steps", "faults"):
+            assert lines_of(other, options.name, kind) == lines_of(folder, options.name, kind)
         name = f"traces/credit-{options.name}.jsonl"
         assert [trace.path for trace in trace_store.read(other / name)] == [t.path for t in trace_store.read(folder / name)]
-    assert lines_of(other, "pairs") == lines_of(folder, "pairs") != []
+    assert lines_of(folder, "reward_blame-removal", "pairs")
     found = sorted(file.name for file in (other / "credit").glob("values*"))
     assert found == ["values.rank0.jsonl", "values.rank1.jsonl"]

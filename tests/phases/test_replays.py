@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,74 @@ def test_noted_steps_show_what_was_served_and_return_as_before(tokenizer, how: P
     outcome = serve(engine, noted(one.outcome(frozenset(NAMES), 0), served.append))
     assert outcome == serve(engine, one.outcome(frozenset(NAMES), 0))
     assert [[completion.text for completion in batch] for batch in served] == [[chance(r)] for r in engine.requests[:3]]
+
+
+# ---- standard errors over replays
+
+SOLVER, BOTH = frozenset({"solver"}), frozenset({"solver", "critic"})
+
+
+def told(one: Game, replays: Sequence[Callable[[frozenset[str]], float]]) -> Game:
+    """The game with every outcome known: a function of the coalition for each replay."""
+    known = {
+        (frozenset(members), number): play(frozenset(members))
+        for number, play in enumerate(replays) for size in range(5) for members in combinations(NAMES, size)
+    }  # fmt: skip
+    return replace(one, num_replays=len(replays), outcomes=lambda subject: dict(known))
+
+
+def alone(coalition: frozenset[str]) -> float:
+    return float(coalition >= SOLVER)
+
+
+def together_only(coalition: frozenset[str]) -> float:
+    return float(coalition >= BOTH)
+
+
+def failing_alone(coalition: frozenset[str]) -> float:
+    return 0.0 if coalition else math.nan
+
+
+# By replay, solver and critic earn (1, 0) and (1/2, 1/2) as Shapley values, (1, 0) and (1, 1) as leave-one-out. The mean of two
+# numbers a and b has the standard error |a - b| / 2.
+@pytest.mark.parametrize(
+    ("method", "expected"), [("shapley", (0.25, 0.25, 0.0, 0.0)), ("loo", (0.0, 0.5, 0.0, 0.0))]
+)  # fmt: skip
+@pytest.mark.parametrize("replays", [(alone, together_only), (alone, failing_alone, together_only)])
+def test_an_exact_attribution_has_the_standard_error_over_its_complete_replays(
+    how: Play, traces, tokenizer, method: CreditMethod, expected, replays
+) -> None:
+    engine = ScriptedEngine(chance, tokenizer)
+    credit = serve(engine, told(game(traces[0], how, "replacement"), replays).credit(method))
+    assert credit is not None and credit.attribution is not None and engine.requests == []
+    assert credit.attribution.standard_error == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_mean_over_replays_is_the_attribution_itself(how: Play, traces, tokenizer) -> None:
+    one = told(game(traces[0], how, "replacement"), (alone, together_only, together_only))
+    credit = serve(ScriptedEngine(chance, tokenizer), one.credit("shapley"))
+    assert credit is not None and credit.attribution is not None
+    assert credit.attribution.phi == pytest.approx((2 / 3, 1 / 3, 0.0, 0.0))
+    # stdev(1, 1/2, 1/2) / sqrt(3) = sqrt(1/12) / sqrt(3)
+    assert credit.attribution.standard_error == pytest.approx((1 / 6, 1 / 6, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("replays", [(alone,), (alone, failing_alone)])
+def test_fewer_than_two_complete_replays_say_nothing_of_the_error(how: Play, traces, tokenizer, replays) -> None:
+    one = told(game(traces[0], how, "replacement"), replays)
+    credit = serve(ScriptedEngine(chance, tokenizer), one.credit("shapley"))
+    assert credit is not None and credit.attribution is not None
+    assert all(map(math.isnan, credit.attribution.standard_error)) and len(credit.attribution.standard_error) == 4
+
+
+def test_the_error_over_replays_is_of_coalitions_that_play_the_same(how: Play, traces, tokenizer) -> None:
+    engine = ScriptedEngine(chance, tokenizer)
+    for value in ("removal", "masked", "resample"):
+        one = game(traces[0], how, value, num_replays=8)
+        credit = serve(engine, one.credit("shapley"))
+        assert credit is not None and credit.attribution is not None
+        assert all(0 <= error < 0.5 for error in credit.attribution.standard_error)
+        assert max(credit.attribution.standard_error) > 0
 
 
 # ---- what an outcome belongs to

@@ -69,7 +69,6 @@ def render(run: RunFolder) -> str:
 
 def _credit(summary: CreditSummary) -> tuple[str, CreditSummary, list[tuple[str, Markup]]]:
     """The name of a credit run, its numbers, and a chart of its agents and of their messages."""
-    name = f"{summary.method}, {summary.value}" if summary.value else summary.method
     figures = {
         "Credit per agent": [(agent, entry.phi) for agent, entry in summary.agents.items()],
         "Credit per message": [(agent, entry.message) for agent, entry in summary.agents.items()],
@@ -77,13 +76,13 @@ def _credit(summary: CreditSummary) -> tuple[str, CreditSummary, list[tuple[str,
     charts = []
     for title, entries in figures.items():
         rows = [
-            plots.Bar(name=agent, value=found.mean, half=1.96 * (found.standard_error or 0.0))
+            plots.Bar(name=agent, value=found.mean, half=found.half_width or 0.0)
             for agent, found in entries
             if found.mean is not None
         ]
         if rows:
             charts.append((title, plots.bars(title, rows)))
-    return name, summary, charts
+    return summary.name, summary, charts
 
 
 def _charts(run: RunFolder) -> list[tuple[str, tuple[plots.Panel, ...]]]:

@@ -66,6 +66,8 @@ class Estimate(_Record):
 
     mean: float | None = None
     standard_error: float | None = None
+    half_width: float | None = None
+    """Of its 95% interval."""
     n: int = 0
 
 
@@ -80,8 +82,9 @@ class AgentCredit(_Record):
 
 
 class CreditSummary(_Record):
-    """credit/<name>.json, as `mas-hpc credit` writes it."""
+    """credit/<name>/summary.json, as `mas-hpc credit` writes it."""
 
+    name: str
     method: str
     value: str = ""
     replays: int
@@ -147,7 +150,7 @@ def read_run(folder: Path, traces_per_file: int) -> RunFolder:
         results=_read(Results, results, "an evaluation") if results.is_file() else Results(),
         metrics=tuple(_metrics(metrics)) if metrics.is_file() else (),
         trace_files=tuple(_spread(store, traces_per_file) for store in stores),
-        credit=tuple(_read(CreditSummary, file, "mas-hpc credit") for file in sorted(folder.glob("credit/*.json"))),
+        credit=tuple(_read(CreditSummary, file, "mas-hpc credit") for file in sorted(folder.glob("credit/*/summary.json"))),
     )
 
 
