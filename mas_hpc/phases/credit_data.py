@@ -85,7 +85,7 @@ def step_row(game: Game, credit: Credit) -> dict[str, Any] | None:
     """The path as a solution whose steps are its messages, in TRL's stepwise format; None where values are unknown.
 
     `labels` are soft: the value after each message. `hard_labels` are 1 before the first error, 0 at it and null (not known)
-    after it; see message_rewards.step_labels.
+    after it, as in message_rewards.step_labels; all null after a failure in which no message was found at fault.
     """
     texts = [turn.text for turn in game.path.turns]
     if not credit.values or not all(text.strip() for text in texts):
@@ -94,5 +94,6 @@ def step_row(game: Game, credit: Credit) -> dict[str, Any] | None:
     prompt = opening if isinstance(opening, str) else game.task.question
     first_error = credit.failure.first_error if credit.failure else None
     found = step_labels(credit.values, epsilon=game.path.settings.epsilon, first_error=first_error)
-    hard = [None if isnan(label) else label for label in found.hard]
+    known = credit.failure is None or first_error is not None
+    hard = [label if known and not isnan(label) else None for label in found.hard]
     return {"prompt": prompt, "completions": texts, "labels": list(found.soft), "hard_labels": hard}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
 from math import nan
@@ -21,6 +19,7 @@ from rich.console import Console
 from mas_hpc.credit_assignment.credit import Credit
 from mas_hpc.credit_assignment.credit import Path as CreditPath
 from mas_hpc.credit_assignment.error_localization import Fault
+from mas_hpc.credit_assignment.message_rewards import FailureRewards
 from mas_hpc.data import trace_store
 from mas_hpc.data.preferences import Pair, load_preferences
 from mas_hpc.data.steps import load_steps
@@ -29,75 +28,14 @@ from mas_hpc.evaluation.report.build import build_report
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.phases.credit import CreditOptions, credit
 from mas_hpc.phases.credit import record as as_record
+from mas_hpc.phases.credit_data import step_row
 from mas_hpc.phases.credit_results import print_credit
 from mas_hpc.phases.replays import Game
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import ScriptedEngine
-from mas_hpc.run import Run, how_to_play, play_all
-from mas_hpc.types import Trace
+from mas_hpc.run import how_to_play
 from tests.phases.conftest import NUM_TASKS, ROOT, opened
-
-FAILED = Completion(token_ids=(), logprobs=(), text="", finish="error", error="prompt is longer than the context")
-
-
-class Scripted:
-    """Speaks for the team: an agent is right, wrong by one digit, or repeats the answer that it has read last."""
-
-    def __init__(self, run: Run, says: Mapping[str, Callable[[Request], str]]) -> None:
-        train, test = load_tasks(run.config.data)
-        self._answers = {task.compact: task.answer for task in (*train, *test)}
-        self._decode = run.tokenizer.decode
-        self._agents = {agent.role.letter: name for name, agent in run.team.agents.items()}
-        self._says = says
-
-    def __call__(self, request: Request) -> str:
-        prompt = self._decode(request.prompt_ids)
-        agent = self._agents[prompt[-1]]
-        if agent in ("critic", "verifier"):
-            return "===+"
-        sums = prompt.rpartition("Q")[2][:3]
-        right = self._answers[sums]
-        read = prompt.removesuffix(f"Q{sums}R").rpartition("S")[2][:3] if agent == "reviser" and "S" in prompt else right
-        wrong = f"{(int(right[0]) + 1) % 4}{right[1:]}"
-        return {"right": right, "wrong": wrong, "repeats": read}[self._says[agent](request)]
-
-
-def always(**says: str) -> Mapping[str, Callable[[Request], str]]:
-    return {agent: (lambda request, word=word: word) for agent, word in says.items()}
-
-
-def often(request: Request) -> str:
-    """Right in one of two."""
-    return ("right", "wrong")[hashlib.blake2b(f"{request.seed}".encode(), digest_size=1).digest()[0] % 2]
-
-
-def spoken_for(run: Run, says: Mapping[str, Callable[[Request], str]], *, fails: Callable[[Request], bool] | None = None):
-    """The run with a script instead of its model, and the engine that counts."""
-    script = Scripted(run, says)
-    engine = ScriptedEngine(lambda request: FAILED if fails and fails(request) else script(request), run.tokenizer)
-    return replace(run, engine=engine), engine
-
-
-def record(folder: Path, says: Mapping[str, Callable[[Request], str]], label: str = "rollout") -> list[Trace]:
-    """Traces of a scripted team in place of the model's."""
-    run, _ = spoken_for(opened(folder), says)
-    (folder / "traces" / f"{label}.jsonl").unlink(missing_ok=True)
-    _, tasks = load_tasks(run.config.data)
-    return play_all(run, tasks, how_to_play(run, Sampling(temperature=1.0), 0), label=label)
-
-
-HONEST = always(solver="right", reviser="repeats")
-CORRUPTED = always(solver="wrong", reviser="repeats")
-VARYING = {"solver": often, "reviser": lambda request: "right" if request.seed % 3 else "repeats"}
-
-
-def lines_of(folder: Path, run: str, name: str) -> list[Any]:
-    """Rows that a credit run of that name has written; none where it wrote no file."""
-    file = folder / "credit" / run / f"{name}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-# ---- the scripted team
+from tests.phases.scripted_team import CORRUPTED, HONEST, VARYING, Scripted, always, lines_of, often, record, spoken_for
 
 
 @pytest.mark.parametrize("value", ["removal", "masked"])
@@ -167,6 +105,28 @@ def test_the_record_of_a_fault_names_the_turns_that_tried_to_repair_it(folder: P
     row = as_record(game, found, {"pairs": []})
     assert (row["fault"]["turn"], row["fault"]["repairs"]) == (0, [1]), "the critic's message raised the value again"
     assert (row["rewards"], row["pairs"], row["phi"], row["total"]) == ([-1.0, None, 0.0, 0.0], [], {}, None)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "values", "failure", "hard"),
+    [
+        (1.0, (0.5, 0.5, 1.0, 1.0, 1.0), None, [1.0, 1.0, 1.0, 1.0]),
+        (1.0, (0.5, 0.5, 0.0, 1.0, 1.0), None, [1.0, 0.0, None, None]),
+        (0.0, (1.0, 1.0, 0.0, 0.5, 0.0), 1, [1.0, 0.0, None, None]),
+        (0.0, (1.0, 1.0, 0.0, 0.5, 0.0), 2, [1.0, 1.0, 0.0, None]),  # a localizer's word
+        (0.0, (0.0, 0.0, 0.0, 0.0, 0.0), None, [None, None, None, None]),
+    ],
+)
+def test_steps_have_soft_labels_by_value_and_hard_ones_where_they_are_known(
+    folder: Path, outcome: float, values: tuple[float, ...], failure: int | None, hard: list[float | None]
+) -> None:
+    [trace, *_], run = record(folder, CORRUPTED), opened(folder)
+    path = CreditPath(turns=trace.path, players=tuple(run.team.agents), outcome=outcome)
+    how = how_to_play(run, Sampling(temperature=1.0), 0)
+    game = Game(task=trace.task, path=path, how=how, value="removal", num_replays=4)
+    blamed = FailureRewards(rewards=(0.0,) * 4, first_error=failure, repairs=(), harmful=(), residual=0.0)
+    row = step_row(game, Credit(rewards=(0.0,) * 4, values=values, failure=None if outcome else blamed))
+    assert row is not None and (row["labels"], row["hard_labels"]) == (list(values[1:]), hard)
 
 
 def test_all_messages_get_alternatives_when_asked_and_the_best_are_positives(folder: Path) -> None:
@@ -337,53 +297,6 @@ def test_the_interval_is_student_s_over_questions(folder: Path) -> None:
 def test_the_least_drop_that_is_an_error_follows_the_replays(epsilon: float, replays: int, expected: float) -> None:
     options = CreditOptions(method="first_error", epsilon=epsilon, replays=replays)
     assert options.settings.epsilon == expected
-
-
-# ---- which traces
-
-
-def test_parts_of_several_ranks_are_one_file(folder: Path) -> None:
-    traces = record(folder, HONEST)
-    (folder / "traces" / "rollout.jsonl").unlink()
-    trace_store.write(folder / "traces" / "rollout.rank0.jsonl", traces[::2])
-    trace_store.write(folder / "traces" / "rollout.rank1.jsonl", traces[1::2])
-    run, _ = spoken_for(opened(folder), HONEST)
-    for name in ("", "rollout"):
-        assert credit(run, CreditOptions(method="outcome", traces=name))["traces"]["credited"] == NUM_TASKS
-
-
-@pytest.mark.parametrize(
-    ("present", "chosen"),
-    [
-        (("rollout", "after-T1", "train"), "rollout"),
-        (("before-T1", "after-T0", "after-T1", "train"), "after-T1"),
-        (("evaluate-T0", "evaluate-T0.7"), "evaluate-T0.7"),
-        (("rollout", "credit-local"), "rollout"),
-    ],
-)
-def test_the_file_is_the_one_that_most_likely_is_meant(folder: Path, present: Sequence[str], chosen: str) -> None:
-    traces = record(folder, HONEST)
-    (folder / "traces" / "rollout.jsonl").unlink()
-    for name in present:
-        trace_store.write(folder / "traces" / f"{name}.jsonl", traces)
-    assert credit(opened(folder), CreditOptions(method="outcome"))["traces"]["file"] == chosen
-
-
-def test_replays_have_the_temperature_of_the_file(folder: Path) -> None:
-    traces = record(folder, HONEST)
-    for name, temperature in (("evaluate-T0", 0.0), ("evaluate-T0.7", 0.7), ("rollout", 1.0)):
-        (folder / "traces" / f"{name}.jsonl").unlink(missing_ok=True)
-        trace_store.write(folder / "traces" / f"{name}.jsonl", traces)
-        run, engine = spoken_for(opened(folder), HONEST)
-        credit(run, CreditOptions(method="loo", replays=1, traces=name))
-        assert {request.sampling.temperature for request in engine.requests} == {temperature}
-
-
-def test_a_limit_takes_the_first_traces(folder: Path) -> None:
-    traces = record(folder, HONEST)
-    credit(opened(folder), CreditOptions(method="outcome", limit=3))
-    found = list(trace_store.read(folder / "traces" / "credit-outcome.jsonl"))
-    assert [trace.task.id for trace in found] == [trace.task.id for trace in traces[:3]]
 
 
 # ---- two ranks

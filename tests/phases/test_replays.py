@@ -2,74 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from mas_hpc.agents.agent import Agent
 from mas_hpc.agents.role import ROLES
-from mas_hpc.agents.template import CompactTemplate
-from mas_hpc.config import ModelConfig
 from mas_hpc.credit_assignment.credit import Credit, CreditMethod, Question
-from mas_hpc.credit_assignment.credit import Path as CreditPath
 from mas_hpc.data.value_store import ValueStore
-from mas_hpc.evaluation.rewards import VerifiableJudge
-from mas_hpc.models.load import load_model
 from mas_hpc.orchestration.collect import collect
 from mas_hpc.orchestration.collect import run as serve
-from mas_hpc.orchestration.episode import Play, Team
-from mas_hpc.orchestration.replay import ValueFunction
-from mas_hpc.orchestration.sampling import Sampling
-from mas_hpc.orchestration.topology import Debate, Pipeline
+from mas_hpc.orchestration.episode import Play
+from mas_hpc.orchestration.topology import Debate
 from mas_hpc.phases.replays import Game, noted, together
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import Behaviour, ScriptedEngine
-from mas_hpc.types import Task, Trace
+from tests.phases.conftest import NAMES, TASKS, chance, game
 
-NAMES = ("solver", "critic", "reviser", "verifier")
 FAILED = Completion(token_ids=(), logprobs=(), text="", finish="error", error="prompt is longer than the context")
-TASKS = [Task(id=name, question="modulo 4", answer="012", compact="132", grader="ring") for name in "pqrs"]
-
-
-def chance(request: Request) -> str:
-    """Right or wrong, accepted or not, by all of the request."""
-    record = repr((request.prompt_ids, request.policy, request.seed)).encode()
-    given = ("===+", "!!!-") if request.policy in ("critic", "verifier") else ("012", "111")
-    return given[hashlib.blake2b(record, digest_size=1).digest()[0] % 2]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_model(ModelConfig(), seed=0)[1]
-
-
-@pytest.fixture(scope="module")
-def how(tokenizer) -> Play:
-    agents = {name: Agent(name=name, role=ROLES[name], policy=name, sees="transcript", max_new_tokens=16) for name in NAMES}
-    team = Team(agents=agents, topology=Pipeline(agents=NAMES), template=CompactTemplate(tokenizer))
-    return Play(team=team, sampling=Sampling(temperature=1.0), judge=VerifiableJudge(), seed=0)
-
-
-@pytest.fixture(scope="module")
-def traces(how: Play, tokenizer) -> list[Trace]:
-    """Two episodes of each question."""
-    sampling = replace(how.sampling, episodes=2)
-    engine = ScriptedEngine(chance, tokenizer)
-    found = collect(engine, TASKS, replace(how, sampling=sampling), max_live=8, on_trace=lambda trace: None)
-    assert {trace.reward for trace in found} == {0.0, 1.0}
-    return found
-
-
-def game(trace: Trace, how: Play, value: ValueFunction = "removal", num_replays: int = 2) -> Game:
-    path = CreditPath(turns=trace.path, players=tuple(how.team.agents), outcome=float(trace.reward or 0.0))
-    return Game(task=trace.task, path=path, how=how, value=value, num_replays=num_replays)
 
 
 def keeping(one: Game, store: ValueStore) -> Game:
@@ -223,74 +178,6 @@ def test_noted_steps_show_what_was_served_and_return_as_before(tokenizer, how: P
     outcome = serve(engine, noted(one.outcome(frozenset(NAMES), 0), served.append))
     assert outcome == serve(engine, one.outcome(frozenset(NAMES), 0))
     assert [[completion.text for completion in batch] for batch in served] == [[chance(r)] for r in engine.requests[:3]]
-
-
-# ---- standard errors over replays
-
-SOLVER, BOTH = frozenset({"solver"}), frozenset({"solver", "critic"})
-
-
-def told(one: Game, replays: Sequence[Callable[[frozenset[str]], float]]) -> Game:
-    """The game with every outcome known: a function of the coalition for each replay."""
-    known = {
-        (frozenset(members), number): play(frozenset(members))
-        for number, play in enumerate(replays) for size in range(5) for members in combinations(NAMES, size)
-    }  # fmt: skip
-    return replace(one, num_replays=len(replays), outcomes=lambda subject: dict(known))
-
-
-def alone(coalition: frozenset[str]) -> float:
-    return float(coalition >= SOLVER)
-
-
-def together_only(coalition: frozenset[str]) -> float:
-    return float(coalition >= BOTH)
-
-
-def failing_alone(coalition: frozenset[str]) -> float:
-    return 0.0 if coalition else math.nan
-
-
-# By replay, solver and critic earn (1, 0) and (1/2, 1/2) as Shapley values, (1, 0) and (1, 1) as leave-one-out. The mean of two
-# numbers a and b has the standard error |a - b| / 2.
-@pytest.mark.parametrize(
-    ("method", "expected"), [("shapley", (0.25, 0.25, 0.0, 0.0)), ("loo", (0.0, 0.5, 0.0, 0.0))]
-)  # fmt: skip
-@pytest.mark.parametrize("replays", [(alone, together_only), (alone, failing_alone, together_only)])
-def test_an_exact_attribution_has_the_standard_error_over_its_complete_replays(
-    how: Play, traces, tokenizer, method: CreditMethod, expected, replays
-) -> None:
-    engine = ScriptedEngine(chance, tokenizer)
-    credit = serve(engine, told(game(traces[0], how, "replacement"), replays).credit(method))
-    assert credit is not None and credit.attribution is not None and engine.requests == []
-    assert credit.attribution.standard_error == pytest.approx(expected, abs=1e-12)
-
-
-def test_the_mean_over_replays_is_the_attribution_itself(how: Play, traces, tokenizer) -> None:
-    one = told(game(traces[0], how, "replacement"), (alone, together_only, together_only))
-    credit = serve(ScriptedEngine(chance, tokenizer), one.credit("shapley"))
-    assert credit is not None and credit.attribution is not None
-    assert credit.attribution.phi == pytest.approx((2 / 3, 1 / 3, 0.0, 0.0))
-    # stdev(1, 1/2, 1/2) / sqrt(3) = sqrt(1/12) / sqrt(3)
-    assert credit.attribution.standard_error == pytest.approx((1 / 6, 1 / 6, 0.0, 0.0))
-
-
-@pytest.mark.parametrize("replays", [(alone,), (alone, failing_alone)])
-def test_fewer_than_two_complete_replays_say_nothing_of_the_error(how: Play, traces, tokenizer, replays) -> None:
-    one = told(game(traces[0], how, "replacement"), replays)
-    credit = serve(ScriptedEngine(chance, tokenizer), one.credit("shapley"))
-    assert credit is not None and credit.attribution is not None
-    assert all(map(math.isnan, credit.attribution.standard_error)) and len(credit.attribution.standard_error) == 4
-
-
-def test_the_error_over_replays_is_of_coalitions_that_play_the_same(how: Play, traces, tokenizer) -> None:
-    engine = ScriptedEngine(chance, tokenizer)
-    for value in ("removal", "masked", "resample"):
-        one = game(traces[0], how, value, num_replays=8)
-        credit = serve(engine, one.credit("shapley"))
-        assert credit is not None and credit.attribution is not None
-        assert all(0 <= error < 0.5 for error in credit.attribution.standard_error)
-        assert max(credit.attribution.standard_error) > 0
 
 
 # ---- what an outcome belongs to
