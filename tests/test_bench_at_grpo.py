@@ -111,6 +111,7 @@ def test_a_training_that_missed_the_budget_is_repeated_with_the_steps_that_it_ne
     write_training(bench.base("ring", 1), "loo", [200.0, 200.0])
     write_training(folder, "loo", [100.0] * 5)  # 200 were expected
     write_training(folder, "loo", [100.0] * 10)
+    (folder / "loo.json").unlink()
     assert bench.train(Job(task="ring", seed=1, stage="train", system="loo"))["name"] == "loo-10"
 
 
