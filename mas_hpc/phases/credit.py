@@ -293,6 +293,7 @@ def record(game: Game, credit: Credit, rows: Mapping[str, Any]) -> dict[str, Any
         "standard_error": [None if isnan(error) else error for error in attribution.standard_error] if attribution else [],
         "total": attribution.full - attribution.empty if attribution else None,
         "unplaced": credit.unplaced,
+        "residual": credit.residual,
         "values": list(credit.values),
         "failure": asdict(credit.failure) if credit.failure else None,
         "fault": _fault_row(game, credit, credit.fault) if credit.fault else None,
