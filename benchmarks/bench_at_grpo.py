@@ -31,8 +31,8 @@ NOTES = {
     "step. The warm start's demonstrations and the PRM's labels (ring only: other tasks have no judged steps) are not counted. "
     "Equal tokens are neither equal steps nor equal CPU seconds: systems with replays make fewer steps",
     "controls": "majority vote of the first agent, best of n by the own critic, and the first agent reading its own answers "
-    "(solver over n turns, which no warm start or training has shown it), at the tokens a question of the same weights' team "
-    "or more; sampled, so at T=1 only",
+    "(solver over n turns; no warm start or training has shown it that, so its low rows say nothing), at the tokens "
+    "a question of the same weights' team or more; sampled, so at T=1 only",
     "credit": "replays=1; value resample, of each sibling's own path; shapley_weight: value masked, form weight",
     "settings": "learning rates are the configurations' for all systems but adapters (2e-3); none was tuned for this table",
 }
