@@ -10,7 +10,7 @@ from mas_hpc.agents.template import ChatTemplate, CompactTemplate, Template
 from mas_hpc.config import RunConfig
 from mas_hpc.config_team import AgentConfig, TeamConfig
 from mas_hpc.orchestration.episode import Team
-from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, SelfConsistency, Single, Topology
+from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, Single, Topology
 
 
 def build_team(settings: TeamConfig, config: RunConfig, tokenizer: Any) -> Team:
@@ -48,10 +48,8 @@ def _sees(settings: TeamConfig, number: int, agent: AgentConfig, role: Role) -> 
 def build_topology(settings: TeamConfig) -> Topology:
     """The form of the team."""
     names = tuple(agent.name for agent in settings.speaking)
-    if settings.topology == "single":
-        return Single(agent=names[0])
-    if settings.topology == "self_consistency":
-        return SelfConsistency(agent=names[0], samples=settings.rounds)
+    if settings.topology in ("single", "self_consistency"):  # rounds of single are 1
+        return Single(agent=names[0], samples=settings.rounds)
     if settings.topology == "mixture":
         return MixtureOfAgents(proposers=names[:-1], aggregator=names[-1], layers=settings.rounds)
     if settings.topology == "debate":

@@ -22,7 +22,7 @@ from mas_hpc.distributed.world import World
 from mas_hpc.errors import CheckpointError, ConfigError
 from mas_hpc.models.load import load_model
 from mas_hpc.orchestration.episode import Team
-from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, SelfConsistency, Single
+from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, Single
 from mas_hpc.rollout.engine import Request, SamplingParams
 from mas_hpc.rollout.native.engine import NativeEngine
 from mas_hpc.run import Run, build, with_adapters
@@ -56,7 +56,7 @@ def team_of(tmp_path: Path, tokenizer, section: str, rest: str = "") -> Team:
     ("section", "topology"),
     [
         ("topology: single", Single(agent="solver")),
-        ("topology: self_consistency, rounds: 5", SelfConsistency(agent="solver", samples=5)),
+        ("topology: self_consistency, rounds: 5", Single(agent="solver", samples=5)),
         ("topology: pipeline", Pipeline(agents=("solver", "critic", "reviser", "verifier"), num_looped=2)),
         ("rounds: 3, stop_when_accepted: true",
          Pipeline(agents=("solver", "critic", "reviser", "verifier"), num_looped=2, max_rounds=3, stop_when_accepted=True)),

@@ -27,7 +27,7 @@ class Puzzle(Protocol):
         """The question and the reference answer in the tiny model's alphabet, read from the library's texts."""
         ...
 
-    def library_text(self, task: Task, cells: str) -> str | None:
+    def text_for_scorer(self, task: Task, cells: str) -> str | None:
         """The cells of an answer, as many as the question's, in the library's own form; None if they have no meaning."""
         ...
 
@@ -49,14 +49,14 @@ def with_compact(task: Task) -> Task:
     return replace(task, compact=compact, compact_answer=compact_answer)
 
 
-def library_text(task: Task, answer: str) -> str:
+def text_for_scorer(task: Task, answer: str) -> str:
     """What the library's scorer reads: a compact answer translated, any other text as it is."""
     puzzle, cells = puzzle_of(task), _cells(answer)
     if puzzle is None or not task.compact or not set(cells) <= set(puzzle.symbols):
         return answer
     if answer != _framed(cells, _width(task.compact)) or len(answer) != len(task.compact):
         return answer
-    return puzzle.library_text(task, cells) or answer
+    return puzzle.text_for_scorer(task, cells) or answer
 
 
 def puzzle_of(task: Task) -> Puzzle | None:
@@ -79,7 +79,7 @@ class MiniSudoku:
         given = "".join(rows).replace(" ", "").replace("_", "0")
         return _framed(given, 4), _framed("".join(task.answer.split()), 4)
 
-    def library_text(self, task: Task, cells: str) -> str | None:
+    def text_for_scorer(self, task: Task, cells: str) -> str | None:
         """Four lines of four digits."""
         return "\n".join(" ".join(cells[row : row + 4]) for row in range(0, 16, 4))
 
@@ -130,7 +130,7 @@ class ShortestPath:
         moves = [] if task.answer == "infeasible" else task.answer.split()
         return compact, _way_map(compact, [_KEYS[move] for move in moves])
 
-    def library_text(self, task: Task, cells: str) -> str | None:
+    def text_for_scorer(self, task: Task, cells: str) -> str | None:
         """The moves from the start on, if they are all that the map holds; "infeasible" for a map of dots."""
         place: int | None = _cells(task.compact).index("5")
         num_moves, moves = len(cells) - cells.count("."), list[str]()

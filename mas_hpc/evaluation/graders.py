@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from mas_hpc.data.compact_puzzles import library_text
+from mas_hpc.data.compact_puzzles import text_for_scorer
 from mas_hpc.errors import DataError
 from mas_hpc.evaluation.judge import Judge, JudgeError
 from mas_hpc.types import Task
@@ -125,7 +125,7 @@ def _reasoning_gym(task: Task, answer: str) -> bool:
     if len(answer) > MAX_CHARS or _could_call(answer):
         return False
     try:
-        return _judge().ask("reasoning_gym", task.id, library_text(task, answer.strip()), task.question)
+        return _judge().ask("reasoning_gym", task.id, text_for_scorer(task, answer.strip()), task.question)
     except JudgeError as error:
         raise DataError(f"task {task.id}: {error}") from None
 

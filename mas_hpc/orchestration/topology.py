@@ -48,53 +48,26 @@ def vote(given: Sequence[Turn]) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Single:
-    """One agent speaks once.
+    """One agent answers from the question, once or several times; of several the majority counts (arXiv 2203.11171).
 
-    Example: Single(agent="solver").next_speakers([]) == ("solver",)
+    Example: Single(agent="solver", samples=3).next_speakers([]) == ("solver", "solver", "solver")
     """
 
     agent: str
-
-    def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
-        """The agent, then nobody."""
-        return () if path else (self.agent,)
-
-    def answer(self, given: Sequence[Turn]) -> str | None:
-        """The agent's."""
-        return last_answer(given)
-
-    @property
-    def votes(self) -> bool:
-        """No."""
-        return False
-
-    def restricted(self, present: Names, answering: Names) -> Topology:
-        """Itself, or nobody."""
-        return self if self.agent in present else Pipeline(agents=())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SelfConsistency:
-    """One agent answers several times from the question; the majority counts (arXiv 2203.11171).
-
-    Example: SelfConsistency(agent="solver", samples=3).next_speakers([]) == ("solver", "solver", "solver")
-    """
-
-    agent: str
-    samples: int
+    samples: int = 1
 
     def next_speakers(self, path: Sequence[Turn]) -> tuple[str, ...]:
         """All samples at once, then nobody."""
         return () if path else (self.agent,) * self.samples
 
     def answer(self, given: Sequence[Turn]) -> str | None:
-        """The majority's."""
+        """The majority's, or the only one."""
         return vote(given)
 
     @property
     def votes(self) -> bool:
-        """Yes."""
-        return True
+        """With several samples."""
+        return self.samples > 1
 
     def restricted(self, present: Names, answering: Names) -> Topology:
         """Itself, or nobody."""

@@ -52,7 +52,7 @@ class Game:
         )
         if credit is None or credit.attribution is None or any(credit.attribution.standard_error):
             return credit
-        single = yield from self._single_replays(method, canonical)
+        single = (yield from self._single_replays(method, canonical)) if self.num_replays > 1 else []
         errors = mean_of_replays(single).standard_error if len(single) > 1 else (nan,) * len(self.path.players)
         return replace(credit, attribution=replace(credit.attribution, standard_error=errors))
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mas_hpc.config import ReasoningGymConfig
-from mas_hpc.data.compact_puzzles import PUZZLES, library_text, with_compact
+from mas_hpc.data.compact_puzzles import PUZZLES, text_for_scorer, with_compact
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.errors import ConfigError
 from mas_hpc.evaluation.graders import grade
@@ -35,21 +35,21 @@ def test_a_sudoku_is_written_row_by_row_each_after_its_mark():
     task = sudoku()
     assert task.compact == "*1034/3412?2143$4320"
     assert task.compact_answer == "*1234/3412?2143$4321"
-    assert library_text(task, task.compact_answer) == task.answer
+    assert text_for_scorer(task, task.compact_answer) == task.answer
 
 
 def test_a_way_is_a_map_with_a_move_in_each_cell_that_is_left():
     task = path("*X#", "OOO", answer="down right right up")
     assert task.compact == "*519/000"
     assert task.compact_answer == "*2../668"
-    assert library_text(task, task.compact_answer) == task.answer
+    assert text_for_scorer(task, task.compact_answer) == task.answer
 
 
 def test_a_grid_of_one_row_and_a_goal_that_cannot_be_reached():
     assert path("#O*", answer="left left").compact_answer == "*.44"
     task = path("#X*", answer="infeasible")
     assert task.compact_answer == "*..."
-    assert library_text(task, "*...") == "infeasible"
+    assert text_for_scorer(task, "*...") == "infeasible"
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_a_grid_of_one_row_and_a_goal_that_cannot_be_reached():
     ],
 )
 def test_maps_that_are_not_the_way_are_never_read_as_it(answer):
-    assert library_text(path("*X#", "OOO", answer="down right right up"), answer) != "down right right up"
+    assert text_for_scorer(path("*X#", "OOO", answer="down right right up"), answer) != "down right right up"
 
 
 @given(st.text(alphabet=".2468", min_size=6, max_size=6))
 def test_what_is_read_of_a_map_is_all_its_moves_and_every_map_can_be_marked(cells):
     task, answer = path("*X#", "OOO", answer="down right right up"), f"*{cells[:3]}/{cells[3:]}"
-    text = library_text(task, answer)
+    text = text_for_scorer(task, answer)
     moves = [] if text == "infeasible" else text.split()
     assert text == answer or len(moves) == 6 - cells.count(".")
     assert len(PUZZLES["shortest_path"].marks(task, answer)) == len(answer)
@@ -81,7 +81,7 @@ def test_what_is_read_of_a_map_is_all_its_moves_and_every_map_can_be_marked(cell
 @given(st.text(alphabet=ALPHABET, max_size=24))
 def test_text_without_the_grids_form_stays_as_it_is(text):
     for task in (sudoku(), path("*X#", "OOO", answer="down right right up")):
-        assert library_text(task, text) == text or len(text) == len(task.compact)
+        assert text_for_scorer(task, text) == text or len(text) == len(task.compact)
 
 
 def test_marks_of_a_sudoku_show_changed_givens_and_repeated_digits():

@@ -12,7 +12,7 @@ from mas_hpc.agents.role import ROLES, Sees
 from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.replay import ValueFunction, continued
-from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, SelfConsistency, Topology
+from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, Single, Topology
 from mas_hpc.rollout.engine import BASE_POLICY
 from mas_hpc.rollout.scripted import ScriptedEngine
 from mas_hpc.types import Task, rounds_of
@@ -32,7 +32,7 @@ FORMS: dict[str, Callable[[Team], Team]] = {
     "loop": lambda team: team,
     "stops": lambda team: replace(team, topology=Pipeline(agents=NAMES, stop_when_accepted=True)),
     "debate": lambda team: teammates(team, "ada", "ben", topology=Debate(debaters=("ada", "ben"), rounds=2)),
-    "votes": lambda team: teammates(team, "ada", topology=SelfConsistency(agent="ada", samples=3)),
+    "votes": lambda team: teammates(team, "ada", topology=Single(agent="ada", samples=3)),
     "mixture": lambda team: teammates(
         team, "ada", "ben", "cleo", sees="references",
         topology=MixtureOfAgents(proposers=("ada", "ben"), aggregator="cleo", layers=2),

@@ -15,7 +15,7 @@ from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.orchestration.collect import collect
 from mas_hpc.orchestration.episode import Play, Team
 from mas_hpc.orchestration.sampling import Sampling
-from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, SelfConsistency
+from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Single
 from mas_hpc.phases.online import _outcome
 from mas_hpc.rollout.engine import Request
 from mas_hpc.rollout.scripted import ScriptedEngine
@@ -92,4 +92,4 @@ def test_the_outcome_of_a_vote_is_the_teams_and_not_the_last_speakers(
     assert _outcome(SimpleNamespace(team=debate), trace) == outcome
     judged = replace(debate, topology=Debate(debaters=DEBATERS[:2], rounds=1, judge="cleo"))
     assert _outcome(SimpleNamespace(team=judged), trace) == trace.path[-1].reward
-    assert SelfConsistency(agent="ada", samples=3).votes
+    assert Single(agent="ada", samples=3).votes

@@ -15,7 +15,6 @@ from mas_hpc.orchestration.topology import (
     Judged,
     MixtureOfAgents,
     Pipeline,
-    SelfConsistency,
     Single,
     Topology,
     last_answer,
@@ -74,7 +73,7 @@ BEST_OF_3 = Pipeline(agents=("solver", "verifier"), num_looped=2, max_rounds=3)
     ("topology", "rounds"),
     [
         (Single(agent="a"), [("a",)]),
-        (SelfConsistency(agent="a", samples=3), [("a", "a", "a")]),
+        (Single(agent="a", samples=3), [("a", "a", "a")]),
         (Pipeline(agents=FOUR), [(name,) for name in FOUR]),
         (Pipeline(agents=()), []),
         (LOOPED, [(name,) for name in (*FOUR, "reviser", "verifier", "reviser", "verifier")]),
@@ -138,7 +137,7 @@ def said(*answers: str | None) -> list[Turn]:
     ],
 )
 def test_a_vote_is_by_majority_and_no_answer_is_no_vote(answers: tuple[str | None, ...], winner: str | None) -> None:
-    for topology in (SelfConsistency(agent="a", samples=3), Debate(debaters=("a", "b"), rounds=1)):
+    for topology in (Single(agent="a", samples=3), Debate(debaters=("a", "b"), rounds=1)):
         assert topology.answer(said(*answers)) == winner
 
 
@@ -219,7 +218,7 @@ def test_a_critic_stops_a_pipeline_early_in_every_coalition_that_holds_it() -> N
 
 
 def test_one_agent_alone_is_there_or_nobody_is() -> None:
-    for topology in (Single(agent="a"), SelfConsistency(agent="a", samples=2)):
+    for topology in (Single(agent="a"), Single(agent="a", samples=2)):
         assert topology.restricted(frozenset({"a", "b"}), ANSWERING) == topology
         assert restricted(topology, "b") == () and topology.restricted(frozenset(), ANSWERING).answer([]) is None
 
