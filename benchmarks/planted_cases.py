@@ -21,7 +21,7 @@ from mas_hpc.orchestration.collect import collect
 from mas_hpc.orchestration.episode import Play, fill
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.phases.training import warm_up
-from mas_hpc.rollout.engine import Completion, Request, RolloutEngine
+from mas_hpc.rollout.engine import Completion, Request, RolloutEngine, RolloutStats, Weights
 from mas_hpc.run import Run, build
 from mas_hpc.types import Task, Trace, Turn
 
@@ -153,15 +153,34 @@ class CorruptingEngine:
         self._culprit = culprit
         self._tokenizer = tokenizer
         self._modulus = modulus
+        self._asked: dict[int, Request] = {}
 
-    def load(self, *, version: int) -> None:
+    @property
+    def stats(self) -> RolloutStats:
         """As the engine."""
-        self._engine.load(version=version)
+        return self._engine.stats
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def load(self, *, version: int, weights: Weights | None = None) -> str:
+        """As the engine."""
+        return self._engine.load(version=version, weights=weights)
+
+    def cancel(self) -> None:
+        """As the engine."""
+        self._asked.clear()
+        self._engine.cancel()
+
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """As the engine."""
+        numbers = self._engine.submit(requests)
+        self._asked |= zip(numbers, requests, strict=True)
+        return numbers
+
+    def poll(self) -> list[tuple[int, Completion]]:
         """As the engine, the culprit's completions changed after they were sampled."""
-        served = zip(requests, self._engine.generate(requests), strict=True)
-        return [self._changed(request, one) if request.policy == self._culprit else one for request, one in served]
+        served = [(number, self._asked.pop(number), completion) for number, completion in self._engine.poll()]
+        return [
+            (number, self._changed(request, one) if request.policy == self._culprit else one) for number, request, one in served
+        ]
 
     def _changed(self, request: Request, completion: Completion) -> Completion:
         text = corrupted_text(completion.text, Random(request.seed), self._modulus)

@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 
-from mas_hpc.rollout.engine import Completion, Request, RolloutEngine
+from mas_hpc.rollout.engine import Completion, Request, RolloutEngine, RolloutStats, Weights
 
 
-class RoutedEngine:
-    """Policies with a model of their own are served by it, all others by `main`; implements RolloutEngine.
+class RoutedEngine(RolloutEngine):
+    """Policies with a model of their own are served by it, all others by `main`.
 
     All engines share one vocabulary: token ids of one agent are read by the others as they are.
     Example: RoutedEngine(engine, {"judge": larger}).generate(requests)
     """
 
     def __init__(self, main: RolloutEngine, own: Mapping[str, RolloutEngine]) -> None:
-        self._main = main
-        self._own = own
+        self._engines = [main, *own.values()]
+        self._owner = {policy: place for place, policy in enumerate(own, 1)}
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._count = 0
 
-    def load(self, *, version: int) -> None:
+    @property
+    def stats(self) -> RolloutStats:
+        """Totals over the engines."""
+        return reduce(add, (engine.stats for engine in self._engines))
+
+    def load(self, *, version: int, weights: Weights | None = None) -> str:
         """The trained weights are those of the main engine; the others never change."""
-        self._main.load(version=version)
+        return self._engines[0].load(version=version, weights=weights)
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Return one completion a request, in order."""
-        served: dict[int, Completion] = {}
-        for name in [None, *self._own]:
-            engine = self._main if name is None else self._own[name]
-            numbers = [number for number, request in enumerate(requests) if self._owner(request) == name]
-            if numbers:
-                served |= zip(numbers, engine.generate([requests[number] for number in numbers]), strict=True)
-        return [served[number] for number in range(len(requests))]
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Queue each request with its owner."""
+        places = [self._owner.get(request.policy, 0) for request in requests]
+        first = self._count
+        for place, engine in enumerate(self._engines):
+            mine = [number for number, owner in enumerate(places) if owner == place]
+            if mine:
+                inner = engine.submit([requests[number] for number in mine])
+                self._numbers |= {(place, own): first + number for own, number in zip(inner, mine, strict=True)}
+        self._count += len(requests)
+        return list(range(first, self._count))
 
-    def _owner(self, request: Request) -> str | None:
-        return request.policy if request.policy in self._own else None
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Let every engine that has requests work."""
+        busy = sorted({place for place, _ in self._numbers})
+        ended = [(place, own, completion) for place in busy for own, completion in self._engines[place].poll()]
+        return [(self._numbers.pop((place, own)), completion) for place, own, completion in ended]
+
+    def cancel(self) -> None:
+        """Forget what every engine has outstanding."""
+        self._numbers.clear()
+        for engine in self._engines:
+            engine.cancel()

@@ -31,7 +31,7 @@ class Online(Generic[Collected]):
     collect: Callable[[int], Collected]
     credit: Callable[[Collected], tuple[Sequence[Minibatch], Mapping[str, float]]]
     learn: Callable[[int, Minibatch], Mapping[str, float]]
-    push: Callable[[int], None]
+    push: Callable[[int], object]
     log: Log
     look: Callable[[int], None]
 

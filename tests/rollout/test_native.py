@@ -99,7 +99,7 @@ def test_refill_with_wildly_different_lengths_loses_and_reorders_nothing(llama, 
     assert_same(together, [NativeEngine(llama, tokenizer).generate([request])[0] for request in requests])
     assert len({len(completion.token_ids) for completion in together}) > 8
     assert {completion.finish for completion in together} == {"stop", "length"}
-    assert engine.stats.row_steps <= 8 * engine.stats.decode_steps
+    assert engine.stats.row_steps <= 8 * engine.stats.steps
 
 
 def test_samples_of_one_prompt_are_prefilled_once(llama, tokenizer):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mas_hpc.errors import RolloutError
 from mas_hpc.models.adapters import AdapterBank
-from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request
+from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request, RolloutEngine, RolloutStats, Weights
 from mas_hpc.rollout.native.kv_tree import CAPACITY_STEP, Bucket, Context, DecodeAttention, Tails, buckets, row_order
 from mas_hpc.rollout.native.runner import Runner
 from mas_hpc.rollout.native.sampler import SamplingColumns, columns, sample, uniforms
@@ -26,27 +26,6 @@ from mas_hpc.rollout.native.scheduler import Prompt, Row, Scheduler
 
 Scope = Literal["sequence", "speaker"]
 PromptKey = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutStats:
-    """Totals since the engine was made; the difference of two is what happened between them."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    """Tokens in the prompts of all requests."""
-    prefilled_tokens: int = 0
-    """Prompt tokens that were run: what sharing left of prompt_tokens."""
-    decoded_tokens: int = 0
-    """Completion tokens."""
-    decode_steps: int = 0
-    row_steps: int = 0
-    """Rows of all decode steps, finished ones that were not dropped yet included."""
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-
-    def __sub__(self, earlier: RolloutStats) -> RolloutStats:
-        return RolloutStats(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__slots__})
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -60,8 +39,8 @@ class _Layout:
     sampling: SamplingColumns
 
 
-class NativeEngine:
-    """Serves completions of a model in this process; implements RolloutEngine.
+class NativeEngine(RolloutEngine):
+    """Serves completions of a model in this process.
 
     `model` is `prepare`d (models.attention) and stays the trainer's: its weights are read as they are at each call, in
     evaluation mode. With a `bank`, a request's policy names its adapter: `sequence` scope adapts prompt and completion,
@@ -74,7 +53,9 @@ class NativeEngine:
         scope: Scope = "sequence", max_rows: int = 64,
     ) -> None:  # fmt: skip
         assert max_rows > 0
-        self.stats = RolloutStats()
+        self._stats = RolloutStats()
+        self._waiting: list[Request] = []
+        self._first = 0
         self._model = model
         self._device = model.device
         self._context_limit: int = model.config.max_position_embeddings
@@ -86,15 +67,36 @@ class NativeEngine:
         self._generator = torch.Generator()
         self._version = 0
 
-    def load(self, *, version: int) -> None:
+    @property
+    def stats(self) -> RolloutStats:
+        """Totals since the engine was made."""
+        return self._stats
+
+    def load(self, *, version: int, weights: Weights | None = None) -> str:
         """Stamp completions with `version`: the weights are the trainer's own and nothing derived from them is kept."""
         self._version = version
+        return ""
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Return one completion a request, in order; one that cannot be served has finish="error".
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Queue requests."""
+        for request in requests:
+            self._adapter(request.policy)
+        self._waiting += requests
+        return list(range(self._first + len(self._waiting) - len(requests), self._first + len(self._waiting)))
 
-        Raises RolloutError when the bank has no adapter of a request's policy.
-        """
+    def cancel(self) -> None:
+        """Forget what waits."""
+        self._first += len(self._waiting)
+        self._waiting.clear()
+
+    def poll(self) -> list[tuple[int, Completion]]:
+        """Serve everything that waits."""
+        numbers = range(self._first, self._first + len(self._waiting))
+        completions = self._serve(self._waiting)
+        self._waiting, self._first = [], numbers.stop
+        return list(zip(numbers, completions, strict=True))
+
+    def _serve(self, requests: Sequence[Request]) -> list[Completion]:
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         prompts: dict[PromptKey, Prompt] = {}
         rows = [self._row(number, request, prompts) for number, request in enumerate(requests)]
@@ -158,7 +160,7 @@ class NativeEngine:
         self._draw(layout.rows, logits_BV, layout.sampling)
         # A row that has finished but is not dropped yet must not run over the position table.
         layout.position_B.add_(1).clamp_(max=self._context_limit - 1)
-        self._count(decode_steps=1, row_steps=len(layout.rows))
+        self._count(steps=1, row_steps=len(layout.rows))
 
     def _draw(self, rows: Sequence[Row], logits_BV: Tensor, sampling: SamplingColumns) -> None:
         """Sample a token for each row; rows that have finished but are not dropped yet take none."""
@@ -218,7 +220,7 @@ class NativeEngine:
         return self._tokenizer.batch_decode([list(token_ids)], skip_special_tokens=True)[0]
 
     def _count(self, **added: float) -> None:
-        self.stats = replace(self.stats, **{name: getattr(self.stats, name) + value for name, value in added.items()})
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + value for name, value in added.items()})
 
 
 @contextmanager
