@@ -141,7 +141,7 @@ def corrupted_start(how: Play, trace: Trace, place: int) -> tuple[Turn, ...]:
 # ---- a tiny model whose completions are intervened on
 
 
-class CorruptingEngine:
+class CorruptingEngine(RolloutEngine):
     """Another engine, one of whose policies says the wrong thing; implements RolloutEngine.
 
     Answers get one digit moved by 1 modulo `modulus`, verdicts the other sign.

@@ -190,8 +190,21 @@ class RolloutConfig(Section):
     """Nucleus sampling; training needs 1, the distribution whose log-probs are trained."""
     top_k: Count = 0
     """Keep the k most likely tokens; training needs 0."""
+    engine: Literal["native", "vllm"] = "native"
+    """native: the trainer's own model, no copy of weights; vllm: a copy served by vLLM (extra: vllm), for accelerators."""
+    placement: Literal["auto", "colocated", "sharded"] = "auto"
+    """colocated: every rank serves all policies; sharded: policies have ranks of their own. auto: sharded where several full
+    models are served by enough ranks."""
+    schedule: Literal["events", "waves"] = "events"
+    """events: a finished turn's successor starts at once; waves: it waits until all live episodes have spoken."""
     max_rows: Positive = 256
     """Sequences decoded together; waiting requests replace finished ones."""
+    prefill_chunk: Positive = 512
+    """Most prompt tokens that are run beside one decoding step; bounds how long decoding rows wait for a long prompt."""
+    kv_gib: PositiveFloat = 4.0
+    """Keys and values that the native engine may hold, in GiB; prefixes that nobody reads are dropped first."""
+    stall_s: PositiveFloat = 300.0
+    """A rank without a sign of life for so long gives its tickets back, and waiting for it is an error that names it."""
     num_tasks: Positive = 64
     """Questions that `mas-hpc rollout` runs."""
     split: Literal["test", "train"] = "test"
