@@ -1,13 +1,14 @@
-"""The rollout engine that runs the trainer's own model: shared prefixes once, continuous refill, per-token adapters.
+"""The rollout engine that runs the trainer's own model: a KV tree, continuous refill, chunked prefill, per-token adapters.
 
-Legend: B rows, G prompts.
+A forward pass runs a chunk of prompts and one token of each decoding row. What a row has decoded goes into the tree when
+it ends, so the next speaker of the episode finds the transcript there.
+Legend: B rows, N tokens of a chunk, V vocabulary, E hidden size.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
@@ -18,19 +19,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mas_hpc.errors import RolloutError
 from mas_hpc.models.adapters import AdapterBank
+from mas_hpc.models.weights import assign_weights
 from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request, RolloutEngine, RolloutStats, Weights
-from mas_hpc.rollout.native.kv_tree import CAPACITY_STEP, Bucket, Context, DecodeAttention, Tails, buckets, row_order
+from mas_hpc.rollout.native.decode_attention import CAPACITY_STEP, DecodeAttention, Tails, buckets, row_order
+from mas_hpc.rollout.native.kv_pool import KVPool, KVShape
+from mas_hpc.rollout.native.kv_tree import KVTree, path_keys
+from mas_hpc.rollout.native.prefill import Chunk, plan
 from mas_hpc.rollout.native.runner import Runner
 from mas_hpc.rollout.native.sampler import SamplingColumns, columns, sample, uniforms
 from mas_hpc.rollout.native.scheduler import Prompt, Row, Scheduler
 
 Scope = Literal["sequence", "speaker"]
-PromptKey = tuple[tuple[int, ...], tuple[int, ...]]
+STEPS_PER_POLL = 16
+ALONE = 8
+"""A chunk without decoding rows, which nobody waits for, may be so many times as long."""
+RELAYOUT = 8
+"""Laying rows out anew pays when one in so many has finished, or waits to join."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Layout:
-    """Rows as they lie in the decode batch, until enough have finished to lay them out anew."""
+    """Rows as they lie in the decode batch, until enough have finished or joined to lay them out anew."""
 
     rows: list[Row]
     attend: DecodeAttention
@@ -42,30 +51,38 @@ class _Layout:
 class NativeEngine(RolloutEngine):
     """Serves completions of a model in this process.
 
-    `model` is `prepare`d (models.attention) and stays the trainer's: its weights are read as they are at each call, in
-    evaluation mode. With a `bank`, a request's policy names its adapter: `sequence` scope adapts prompt and completion,
-    `speaker` scope each token by who wrote it. Without one, the same model serves every policy. `max_rows` bounds the
-    rows that are decoded at a time.
+    `model` is `prepare`d (models.attention) and may be the trainer's: its weights are read as they are at each call, in
+    evaluation mode, and what was derived from others is dropped at `load`, or when torch has seen them change. With a
+    `bank`, a request's policy names its adapter: `sequence` scope adapts prompt and completion, `speaker` scope each token
+    by who wrote it. Without one, the model serves every policy. `max_rows` bounds the rows that are live at a time,
+    `kv_bytes` their keys and values together with those that are kept for later, `prefill_chunk` the prompt tokens of a step.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, bank: AdapterBank | None = None,
-        scope: Scope = "sequence", max_rows: int = 64,
+        scope: Scope = "sequence", max_rows: int = 64, kv_bytes: int = 4 << 30, prefill_chunk: int = 512,
     ) -> None:  # fmt: skip
-        assert max_rows > 0
-        self._stats = RolloutStats()
-        self._waiting: list[Request] = []
-        self._first = 0
-        self._model = model
+        assert max_rows > 0 and prefill_chunk > 0
+        self._model, self._tokenizer, self._bank, self._scope = model, tokenizer, bank, scope
         self._device = model.device
         self._context_limit: int = model.config.max_position_embeddings
-        self._tokenizer = tokenizer
         self._policies = bank.index if bank is not None else None
-        self._scope = scope
-        self._max_rows = max_rows
         self._runner = Runner(model, bank)
+        self._shape = KVShape.of(model.config, model.dtype, model.device)
+        self._scheduler = Scheduler(KVTree(kv_bytes // self._shape.token_bytes), max_rows)
+        self._pool = KVPool(self._shape, self._scheduler.tree.capacity)
+        self._chunk_limit = prefill_chunk
+        self._layout: _Layout | None = None
+        self._undrawn: list[Row] = []
+        """Admitted rows that wait for their prompt."""
+        self._joining: list[Row] = []
+        """Rows with a first token that are not laid out yet."""
+        self._refused: list[Row] = []
         self._generator = torch.Generator()
         self._version = 0
+        self._stats = RolloutStats()
+        self._seen_weights = -1
+        self._was_training = False
 
     @property
     def stats(self) -> RolloutStats:
@@ -73,113 +90,191 @@ class NativeEngine(RolloutEngine):
         return self._stats
 
     def load(self, *, version: int, weights: Weights | None = None) -> str:
-        """Stamp completions with `version`: the weights are the trainer's own and nothing derived from them is kept."""
+        """Serve `weights`, or the model's as they are now, as `version`; keys and values of the old ones are dropped."""
+        assert self._idle, "load while requests are outstanding"
         self._version = version
-        return ""
+        self._forget()
+        return assign_weights(self._model, self._bank, weights) if weights is not None else ""
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
-        """Queue requests."""
+        """Queue requests; one that cannot be served ends with finish="error".
+
+        Raises RolloutError, and queues none, when the bank has no adapter of a request's policy.
+        """
         for request in requests:
             self._adapter(request.policy)
-        self._waiting += requests
-        return list(range(self._first + len(self._waiting) - len(requests), self._first + len(self._waiting)))
-
-    def cancel(self) -> None:
-        """Forget what waits."""
-        self._first += len(self._waiting)
-        self._waiting.clear()
+        if self._idle:
+            self._begin()
+        first = self._stats.requests
+        rows = [self._row(number, request) for number, request in enumerate(requests, first)]
+        self._refused += [row for row in rows if row.finish is not None]
+        self._scheduler.add(row for row in rows if row.finish is None)
+        self._count(requests=len(rows), prompt_tokens=sum(len(request.prompt_ids) for request in requests))
+        return [row.number for row in rows]
 
     def poll(self) -> list[tuple[int, Completion]]:
-        """Serve everything that waits."""
-        numbers = range(self._first, self._first + len(self._waiting))
-        completions = self._serve(self._waiting)
-        self._waiting, self._first = [], numbers.stop
-        return list(zip(numbers, completions, strict=True))
-
-    def _serve(self, requests: Sequence[Request]) -> list[Completion]:
-        wall_s, cpu_s = time.perf_counter(), time.process_time()
-        prompts: dict[PromptKey, Prompt] = {}
-        rows = [self._row(number, request, prompts) for number, request in enumerate(requests)]
-        with torch.inference_mode(), _evaluating(self._model):
-            self._run(Scheduler((row for row in rows if row.finish is None), self._max_rows))
-        elapsed_s = time.perf_counter() - wall_s
-        completions = [replace(row.completion(self._decode, self._version), wall_s=elapsed_s) for row in rows]
+        """Work for at most STEPS_PER_POLL steps, or until some rows end; return what has ended."""
+        if self._idle:
+            return []
+        wall_s, cpu_s, evicted = time.perf_counter(), time.process_time(), self._scheduler.tree.evicted
+        with torch.inference_mode():
+            while (row := self._scheduler.victim()) is not None:
+                self._set_back(row)
+            for _ in range(STEPS_PER_POLL):
+                self._undrawn += [row for row in self._scheduler.admit() if row.finish is None]
+                if not self._step() or self._scheduler.num_ended * RELAYOUT >= len(self._scheduler.live):
+                    break
+            ended = self._retire()
         self._count(
-            requests=len(rows), prompt_tokens=sum(len(row.prompt.token_ids) for row in rows),
-            decoded_tokens=sum(len(row.token_ids) for row in rows),
             wall_s=time.perf_counter() - wall_s, cpu_s=time.process_time() - cpu_s,
+            evicted_tokens=self._scheduler.tree.evicted - evicted,
         )  # fmt: skip
-        return completions
+        if self._idle:
+            self._end()
+        return ended
 
-    def _run(self, scheduler: Scheduler) -> None:
-        """Admit, lay out, decode until enough rows have finished; again until none is left."""
-        contexts: dict[Prompt, Context] = {}
-        layout: _Layout | None = None
-        while not scheduler.done:
-            fresh = scheduler.admit()
-            if fresh:
-                self._start(fresh, contexts)
-            kept = scheduler.prompts
-            contexts = {prompt: context for prompt, context in contexts.items() if prompt in kept}
-            live = [row for row in scheduler.live if row.finish is None]
-            if len(live) < len(scheduler.live) or not live:
-                continue
-            layout = self._lay_out(live, contexts, layout)
-            while not scheduler.stale:
-                self._step(layout)
+    def cancel(self) -> None:
+        """Forget what is outstanding, and all keys and values: a pass may have been interrupted half-way."""
+        self._forget()
+        self._end()
 
-    def _start(self, fresh: Sequence[Row], contexts: dict[Prompt, Context]) -> None:
-        """Prefill the prompts that are not there yet, and draw the first token of each row."""
-        missing = [prompt for prompt in dict.fromkeys(row.prompt for row in fresh) if prompt not in contexts]
-        if missing:
-            added, num_tokens = self._runner.prefill(missing)
-            contexts.update(zip(missing, added, strict=True))
-            self._count(prefilled_tokens=num_tokens)
+    # ---- a step
+
+    def _step(self) -> bool:
+        """One forward pass and what it lets sample; whether there was anything to do."""
+        self._lay_out_if_stale()
+        leaves = dict.fromkeys(row.prompt.leaf for row in self._undrawn if row.prompt.hidden_E is None)
+        limit = self._chunk_limit * (1 if self._layout else ALONE)
+        chunk = plan((leaf for leaf in leaves if leaf is not None), limit)
+        hidden_BE = self._forward(chunk)
+        fresh = [row for row in self._undrawn if row.prompt.hidden_E is not None]
+        if fresh:
+            self._undrawn = [row for row in self._undrawn if row.prompt.hidden_E is None]
         place = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in fresh))}
-        logits_GV = self._runner.logits(torch.stack([contexts[prompt].hidden_E for prompt in place]))
-        self._draw(fresh, logits_GV[[place[row.prompt] for row in fresh]], self._columns(fresh))
+        hidden = [*(prompt.hidden_E for prompt in place if prompt.hidden_E is not None)]
+        hidden += [] if hidden_BE is None else [*hidden_BE]
+        if not hidden:
+            return chunk is not None
+        logits = self._runner.logits(torch.stack(hidden))
+        if fresh:
+            self._draw(fresh, logits[[place[row.prompt] for row in fresh]], self._columns(fresh))
+            self._joining += [row for row in fresh if row.finish is None]
+        if self._layout and hidden_BE is not None:
+            self._draw(self._layout.rows, logits[len(place) :], self._layout.sampling)
+            # A row that has finished but is not dropped yet must not run over the position table.
+            self._layout.position_B.add_(1).clamp_(max=self._context_limit - 1)
+        return True
 
-    def _lay_out(self, live: list[Row], contexts: dict[Prompt, Context], previous: _Layout | None) -> _Layout:
-        rows = [live[i] for i in row_order([contexts[row.prompt] for row in live])]
-        paths = [contexts[row.prompt] for row in rows]
+    def _forward(self, chunk: Chunk | None) -> Tensor | None:
+        """Run the chunk and a decoding step, as far as there is either; hidden states of the decoding rows."""
+        layout, hidden_NE, hidden_BE = self._layout, None, None
+        if layout is not None:
+            decoding = ([row.token_ids[-1] for row in layout.rows], layout.position_B, layout.adapter_B, layout.attend)
+            if chunk is None:
+                hidden_BE = self._runner.decode(*decoding)
+            else:
+                hidden_NE, hidden_BE = self._runner.both(chunk, self._pool, *decoding)
+            self._count_decoding(layout)
+        elif chunk is not None:
+            hidden_NE = self._runner.prefill(chunk, self._pool)
+        if chunk is not None and hidden_NE is not None:
+            last = {leaf: hidden_NE[place] for leaf, place in chunk.ends}
+            for row in self._undrawn:
+                if row.prompt.leaf in last:
+                    row.prompt.hidden_E = last[row.prompt.leaf].clone()
+            self._count(prefilled_tokens=len(chunk))
+        self._count(steps=int(chunk is not None or layout is not None))
+        return hidden_BE
+
+    def _draw(self, rows: Sequence[Row], logits_BV: Tensor, sampling: SamplingColumns) -> None:
+        """Sample a token for each row; rows that have finished but are not dropped yet take none."""
+        uniform_B = [0.0 if row.finish else row.uniforms[len(row.token_ids)] for row in rows]
+        before = sum(len(row.token_ids) for row in rows)
+        for row, token, logprob in zip(rows, *sample(logits_BV, sampling, uniform_B), strict=True):
+            if row.finish is None:
+                row.append(token, logprob, self._decode)
+        self._count(decoded_tokens=sum(len(row.token_ids) for row in rows) - before)
+
+    # ---- the decode batch
+
+    def _lay_out_if_stale(self) -> None:
+        rows = self._layout.rows if self._layout else []
+        live = [row for row in rows if row.finish is None]
+        if (len(rows) - len(live) + len(self._joining)) * RELAYOUT >= max(1, len(rows)):
+            self._lay_out([*live, *self._joining])
+
+    def _lay_out(self, live: Sequence[Row]) -> None:
+        """Make these rows the decode batch."""
+        previous, self._layout, self._joining = self._layout, None, []
+        if not live:
+            return
+        contexts = [row.prompt.leaf for row in live if row.prompt.leaf is not None]
+        order = row_order(contexts)
+        rows, leaves = [live[i] for i in order], [contexts[i] for i in order]
         place = {id(row): i for i, row in enumerate(previous.rows)} if previous else {}
-        before: Sequence[Bucket] = previous.attend.buckets if previous else ()
-        tails = previous.attend.tails if previous else Tails(paths[0].tree_L2KTD[:, :, :, :0].unsqueeze(3), [], 0)
+        tails = previous.attend.tails if previous else Tails(self._pool.kv_L2KPD[:, :, :, :0].unsqueeze(3), [], 0)
+        copied = buckets(leaves, self._pool, previous.attend.buckets if previous else ())
         spare = min(CAPACITY_STEP, max(row.num_left for row in rows))
-        attend = DecodeAttention(buckets(paths, before), tails.keep([place.get(id(row)) for row in rows], spare))
-        position_B = [len(row.prompt.token_ids) + len(row.token_ids) - 1 for row in rows]
-        return _Layout(
+        attend = DecodeAttention(copied, tails.keep([place.get(id(row)) for row in rows], spare))
+        position_B = [len(row.request.prompt_ids) + len(row.token_ids) - 1 for row in rows]
+        self._layout = _Layout(
             rows=rows, attend=attend, sampling=self._columns(rows),
             adapter_B=torch.tensor([row.adapter for row in rows], device=self._device),
             position_B=torch.tensor(position_B, device=self._device),
         )  # fmt: skip
 
-    def _step(self, layout: _Layout) -> None:
-        last_B = [row.token_ids[-1] for row in layout.rows]
-        logits_BV = self._runner.decode(last_B, layout.position_B, layout.adapter_B, layout.attend)
-        self._draw(layout.rows, logits_BV, layout.sampling)
-        # A row that has finished but is not dropped yet must not run over the position table.
-        layout.position_B.add_(1).clamp_(max=self._context_limit - 1)
-        self._count(steps=1, row_steps=len(layout.rows))
+    def _retire(self) -> list[tuple[int, Completion]]:
+        """Put what ended rows have decoded into the tree, and let go of them."""
+        ended = self._scheduler.drop()
+        self._keep([row for row in ended if row.finish != "error"])
+        for row in ended:
+            self._scheduler.release(row)
+        ended += self._refused
+        self._refused = []
+        return [(row.number, row.completion(self._decode, self._version)) for row in ended]
 
-    def _draw(self, rows: Sequence[Row], logits_BV: Tensor, sampling: SamplingColumns) -> None:
-        """Sample a token for each row; rows that have finished but are not dropped yet take none."""
-        uniform_B = [0.0 if row.finish else row.uniforms[len(row.token_ids)] for row in rows]
-        for row, token, logprob in zip(rows, *sample(logits_BV, sampling, uniform_B), strict=True):
-            if row.finish is None:
-                row.append(token, logprob, self._decode)
+    def _set_back(self, row: Row) -> None:
+        """Let a row wait again for want of room; what it has decoded stays while nobody needs its place."""
+        self._keep([row])
+        self._scheduler.set_back(row)
+        self._joining = [other for other in self._joining if other is not row]
+        self._undrawn = [other for other in self._undrawn if other is not row]
+        if self._layout:
+            self._lay_out(
+                [other for other in [*self._layout.rows, *self._joining] if other.finish is None and other is not row]
+            )
 
-    def _row(self, number: int, request: Request, prompts: dict[PromptKey, Prompt]) -> Row:
+    def _keep(self, rows: Sequence[Row]) -> None:
+        """Copy the keys and values of decoded tokens from the tails into the tree, below their prompts."""
+        if not self._layout:
+            return
+        tails, tree = self._layout.attend.tails, self._scheduler.tree
+        place = {id(row): i for i, row in enumerate(self._layout.rows)}
+        sources: list[tuple[int, int, int]] = []  # row, column, slot
+        for row in (row for row in rows if id(row) in place and row.prompt.leaf is not None):
+            column = tails.columns(place[id(row)])
+            sampled = row.token_ids[len(row.token_ids) - row.num_decoded :][: len(column)]
+            if sampled and tree.make_room(len(sampled)):
+                key_T = path_keys(sampled, [row.adapter] * len(sampled))
+                sources += [(place[id(row)], column[i], slot) for i, slot in tree.fill(key_T, below=row.prompt.leaf)]
+        if sources:
+            row_T, column_T, slot_T = (torch.tensor(values, device=self._device) for values in zip(*sources, strict=True))
+            self._pool.reach(slot_T)
+            self._pool.kv_L2KPD[:, :, :, slot_T] = tails.kv_L2KBWD[:, :, :, row_T, column_T]
+
+    # ---- requests
+
+    def _row(self, number: int, request: Request) -> Row:
         adapter = self._adapter(request.policy)
-        key = request.prompt_ids, self._prompt_adapters(request, adapter)
-        prompt = prompts.setdefault(key, Prompt(*key))
-        sampling = request.sampling
+        refusal = self._refusal(request)
+        adapters = () if refusal else self._prompt_adapters(request, adapter)
         row = Row(
-            number=number, request=request, prompt=prompt, adapter=adapter,
-            uniforms=uniforms(request.seed, sampling.max_new_tokens, self._generator),
+            number=number, request=request, adapter=adapter,
+            prompt=Prompt((), ()) if refusal else self._scheduler.prompt(request.prompt_ids, adapters),
+            uniforms=uniforms(request.seed, request.sampling.max_new_tokens, self._generator),
         )  # fmt: skip
-        row.error = self._refusal(request)
-        row.finish = "error" if row.error else None
+        if refusal:
+            row.fail(refusal)
         return row
 
     def _prompt_adapters(self, request: Request, adapter: int) -> tuple[int, ...]:
@@ -219,18 +314,40 @@ class NativeEngine(RolloutEngine):
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.batch_decode([list(token_ids)], skip_special_tokens=True)[0]
 
+    # ---- the state between calls
+
+    @property
+    def _idle(self) -> bool:
+        return self._scheduler.idle and not self._refused
+
+    def _begin(self) -> None:
+        """Before the first of some requests: evaluation mode, and nothing that was derived from other weights."""
+        seen = sum(parameter._version for parameter in self._model.parameters())
+        if seen != self._seen_weights:
+            self._forget()
+            self._seen_weights = seen
+        self._was_training = self._model.training
+        if self._was_training:
+            self._model.eval()
+
+    def _end(self) -> None:
+        """After the last: the trainer finds the mode that it left."""
+        if self._was_training:
+            self._model.train()
+            self._was_training = False
+
+    def _forget(self) -> None:
+        """Drop every request and every key and value."""
+        self._scheduler.clear()
+        self._pool = KVPool(self._shape, self._scheduler.tree.capacity)
+        self._layout, self._undrawn, self._joining, self._refused = None, [], [], []
+
     def _count(self, **added: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + value for name, value in added.items()})
 
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout and gradient checkpointing off; the trainer finds the mode it left."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
+    def _count_decoding(self, layout: _Layout) -> None:
+        real, padded = layout.attend.keys()
+        dead = sum(row.finish is not None for row in layout.rows)
+        self._count(row_steps=len(layout.rows), idle_row_steps=dead, real_keys=real, padded_keys=padded)
+        taken = self._pool.num_bytes + layout.attend.num_bytes
+        self._stats = replace(self._stats, peak_kv_bytes=max(taken, self._stats.peak_kv_bytes))

@@ -1,170 +1,216 @@
-"""Keys and values of live rows: prompts as paths in shared trees, and what each row has decoded since.
+"""The tree of tokens whose keys and values are held: who shares what, who reads what, and what goes when room is needed.
 
-A prompt is stored once however many rows continue it (a Context). Rows are sorted so that those of one context are
-neighbours; contexts with equally many rows are one Bucket, computed without a copy per row.
-Legend: L layers, 2 key and value, K key/value heads, Q query heads per K, H = K Q, T tree tokens, G contexts of a
-bucket, C context tokens, B rows, R rows of a bucket, W decoded columns, D head dimension, E hidden size.
+A radix tree: a node is an unbranched run of tokens, and a path from the root is a prefix of prompts or transcripts. Two
+tokens are one iff token, adapter and the whole path above are equal. No tensors here: a token's keys and values lie in
+the slot of a pool that its node names. Legend: N tokens of a node, T tokens of a path.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
 
-LENGTH_SLACK = 0.25
-"""Longest context of a bucket relative to its shortest: bounds padding."""
-LENGTH_SLACK_TOKENS = 16
-CAPACITY_STEP = 32
-"""Columns that tails have to spare, at most, and grow by when they are full, at least."""
+from mas_hpc.prefix_tree import IntArray
+
+ADAPTER_BITS = 16
+EVICTED_SHARE = 16
+"""Room is made for at least one part in so many of all slots: the search for old leaves costs as much for one as for many."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Context:
-    """The K/V of one prompt: a path in the tree of the prompts that were prefilled together. Equal only to itself."""
+def path_keys(token_ids: Sequence[int], adapters: Sequence[int]) -> IntArray:
+    """Token and adapter (-1: the base model) as one number a token."""
+    return (np.asarray(token_ids, dtype=np.int64) << ADAPTER_BITS) + np.asarray(adapters, dtype=np.int64) + 1
 
-    tree_L2KTD: Tensor
-    path_C: Tensor
-    hidden_E: Tensor
-    """Last hidden state of the prompt: it predicts the first token of every completion."""
+
+def tokens_of(key_T: IntArray) -> IntArray:
+    """The token ids of `path_keys`."""
+    return key_T >> ADAPTER_BITS
+
+
+def adapters_of(key_T: IntArray) -> IntArray:
+    """The adapters of `path_keys`."""
+    return (key_T & ((1 << ADAPTER_BITS) - 1)) - 1
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """An unbranched run of tokens. Equal only to itself; a node that is cut stays the lower part, so that handles hold."""
+
+    key_N: IntArray
+    slot_N: IntArray
+    """Where in the pool."""
+    parent: Node | None
+    depth: int
+    """Tokens above."""
+    filled: int = 0
+    """How many of its first tokens have their keys and values."""
+    pins: int = 0
+    """Paths in use that pass through: pinned nodes stay."""
+    used: int = 0
+    """When it was last read, on the tree's own clock."""
+    children: dict[int, Node] = field(default_factory=dict)
+    """By the first key."""
 
     def __len__(self) -> int:
-        return len(self.path_C)
+        return len(self.key_N)
+
+    @property
+    def end(self) -> int:
+        """Tokens of the path down to and with this node."""
+        return self.depth + len(self.key_N)
+
+    def path(self) -> list[Node]:
+        """The nodes from the first token down to this one."""
+        nodes = [self]
+        while (above := nodes[-1].parent) is not None and above.parent is not None:
+            nodes.append(above)
+        return nodes[::-1]
+
+    def slots(self) -> IntArray:
+        """The slots of all tokens of the path, [T]."""
+        return np.concatenate([node.slot_N for node in self.path()])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Bucket:
-    """Rows start..stop: contexts of similar length, each with equally many rows, in order."""
+class KVTree:
+    """At most `capacity` slots in nodes; `evicted` counts those that were given up for others.
 
-    contexts: tuple[Context, ...]
-    start: int
-    stop: int
-    kv_L2KGCD: Tensor
-    bias_G1C: Tensor | None
-    """Hides padding; None when all contexts are equally long."""
+    Example: tree = KVTree(100); leaf = tree.insert(path_keys([1, 2], [-1, -1])); tree.pin(leaf)
+    """
 
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        """Slots in nodes."""
+        self.evicted = 0
+        self._clock = 0
+        self._free: list[int] = []
+        self._fresh = 0
+        self.root = Node(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), None, 0)
 
-class Tails:
-    """What the rows have decoded: all write one column at a time, so a row admitted later starts at a later column."""
+    def hold(self, key_T: IntArray, spare: int) -> Node | None:
+        """Insert and pin the path; None when that does not leave `spare` free slots beside it, whatever is evicted."""
+        node, place = self._walk(self.root, key_T)
+        known = node.depth + place
+        prefix = self.insert(key_T[:known]) if known else None
+        if prefix:
+            self.pin(prefix)
+        leaf = None
+        if self.make_room(len(key_T) - known + spare):
+            leaf = self.insert(key_T[known:], below=prefix)
+            self.pin(leaf)
+        if prefix:
+            self.unpin(prefix)
+        return leaf
 
-    def __init__(self, kv_L2KBWD: Tensor, start_B: Sequence[int], width: int) -> None:
-        self.width = width
-        self.start_B = list(start_B)
-        self._kv_L2KBWD = kv_L2KBWD
-        self._bias_B1W = self._bias()
+    def insert(self, key_T: IntArray, *, below: Node | None = None) -> Node:
+        """The node that ends the path (continuing `below`'s), made where it is missing; the caller has seen to the room.
 
-    def keep(self, rows: Sequence[int | None], spare: int) -> Tails:
-        """The tails of these rows of mine in this order, with room for `spare` columns; None is an empty tail."""
-        kept = [row for row in rows if row is not None]
-        first = min((self.start_B[row] for row in kept), default=self.width)
-        width = self.width - first
-        shape = list(self._kv_L2KBWD.shape)
-        shape[3:5] = len(rows), width + spare
-        tails = self._kv_L2KBWD.new_empty(shape)
-        if width:
-            place, empty = ([i for i, row in enumerate(rows) if (row is None) == fresh] for fresh in (False, True))
-            tails[:, :, :, place, :width] = self._kv_L2KBWD[..., first : self.width, :][:, :, :, kept]
-            tails[:, :, :, empty, :width] = 0  # Hidden, but a weight of 0 does not hide nan.
-        return Tails(tails, [width if row is None else self.start_B[row] - first for row in rows], width)
+        New nodes have nothing filled.
+        """
+        start = below or self.root
+        node, place = self._walk(start, key_T)
+        done = node.depth + place - start.end
+        if place < len(node):
+            node = self._cut(node, place)
+        if done < len(key_T):
+            rest = key_T[done:]
+            child = Node(rest, self._allocate(len(rest)), node, node.end)
+            node.children[int(rest[0])] = child
+            node = child
+        self._touch(node)
+        return node
 
-    def advance(self) -> None:
-        """Open a column, to which each layer then writes."""
-        if self.width == self._kv_L2KBWD.shape[4]:
-            grown = self.keep(range(len(self.start_B)), spare=max(CAPACITY_STEP, self.width))
-            self.width, self.start_B = grown.width, grown.start_B
-            self._kv_L2KBWD, self._bias_B1W = grown._kv_L2KBWD, grown._bias_B1W
-        self.width += 1
+    def fill(self, key_T: IntArray, *, below: Node) -> list[tuple[int, int]]:
+        """Insert a path and mark it filled; which of its tokens the caller has to write, and into which slots."""
+        leaf = self.insert(key_T, below=below)
+        missing: list[tuple[int, int]] = []
+        for node in leaf.path():
+            if node.depth >= below.end:
+                places = range(node.filled, len(node))
+                missing += [(node.depth - below.end + i, int(node.slot_N[i])) for i in places]
+                node.filled = len(node)
+        return missing
 
-    def write(self, layer: int, key_KBD: Tensor, value_KBD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fill the open column; return the layer's keys, values and the bias that hides columns before a row's."""
-        key_KBWD, value_KBWD = self._kv_L2KBWD[layer, :, :, :, : self.width]
-        key_KBWD[:, :, -1] = key_KBD
-        value_KBWD[:, :, -1] = value_KBD
-        return key_KBWD, value_KBWD, None if self._bias_B1W is None else self._bias_B1W[..., : self.width]
+    def pin(self, node: Node) -> None:
+        """Keep the path down to this node until it is unpinned as often."""
+        for above in node.path():
+            above.pins += 1
+        self._touch(node)
 
-    def _bias(self) -> Tensor | None:
-        if not any(self.start_B):
-            return None
-        column_W = torch.arange(self._kv_L2KBWD.shape[4], device=self._kv_L2KBWD.device)
-        hidden_B1W = column_W < torch.tensor(self.start_B, device=column_W.device)[:, None, None]
-        return self._kv_L2KBWD.new_zeros(hidden_B1W.shape).masked_fill_(hidden_B1W, -torch.inf)
+    def unpin(self, node: Node) -> None:
+        """Take back one `pin`."""
+        for above in node.path():
+            above.pins -= 1
+            assert above.pins >= 0
 
+    def make_room(self, count: int) -> bool:
+        """Evict what nobody has pinned, the longest unread first, until `count` slots are free; return whether they are."""
+        wanted = count - (self.capacity - self.used)
+        if wanted <= 0:
+            return True
+        wanted = max(wanted, min(self.capacity // EVICTED_SHARE, self.used))
+        leaves = [(node.used, id(node), node) for node in self._nodes() if not node.children and not node.pins]
+        heapq.heapify(leaves)
+        gone = 0
+        while leaves and gone < wanted:
+            _, _, node = heapq.heappop(leaves)
+            gone += len(node)
+            self._remove(node)
+            above = node.parent
+            if above is not self.root and above is not None and not above.children and not above.pins:
+                heapq.heappush(leaves, (above.used, id(above), above))
+        self.evicted += gone
+        return count <= self.capacity - self.used
 
-class DecodeAttention:
-    """An `Attend` for one token a row (T = B): along the row's context and its own tail, as one softmax."""
+    def _walk(self, start: Node, key_T: IntArray) -> tuple[Node, int]:
+        """The last node that the path reaches from the end of `start`, and how many of its tokens belong to the path."""
+        node, place, done = start, len(start), 0
+        while done < len(key_T) and (child := node.children.get(int(key_T[done]))) is not None:
+            node, length = child, min(len(child), len(key_T) - done)
+            differs = np.flatnonzero(child.key_N[:length] != key_T[done : done + length])
+            place = int(differs[0]) if len(differs) else length
+            done += place
+            if place < len(child):
+                break
+        return node, place
 
-    def __init__(self, buckets: Sequence[Bucket], tails: Tails) -> None:
-        self.buckets = tuple(buckets)
-        self.tails = tails
+    def _cut(self, node: Node, place: int) -> Node:
+        """Put a node of its own for the first `place` tokens above the rest; return it."""
+        assert node.parent is not None
+        upper = Node(
+            node.key_N[:place], node.slot_N[:place], node.parent, node.depth, min(node.filled, place), node.pins, node.used
+        )
+        node.parent.children[int(node.key_N[0])] = upper
+        node.key_N, node.slot_N, node.parent = node.key_N[place:], node.slot_N[place:], upper
+        node.depth, node.filled = upper.end, max(0, node.filled - place)
+        upper.children[int(node.key_N[0])] = node
+        return upper
 
-    def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
-        """Return the attended values, [B, H, D]."""
-        key_KBWD, value_KBWD, bias_B1W = self.tails.write(layer, key_KTD, value_KTD)
-        # The query heads that share a key/value head are query positions of it: nothing is repeated.
-        query_KBQD = (query_HTD * scaling).unflatten(0, (len(key_KTD), -1)).transpose(1, 2).contiguous()
-        scores_KBQW = query_KBQD @ key_KBWD.mT
-        if bias_B1W is not None:
-            scores_KBQW += bias_B1W
-        parts = [
-            _attend_context(b, layer, query_KBQD[:, b.start : b.stop], scores_KBQW[:, b.start : b.stop]) for b in self.buckets
-        ]
-        context_KBQD, weight_KBQW = parts[0] if len(parts) == 1 else (torch.cat(p, 1) for p in zip(*parts, strict=True))
-        return (context_KBQD + weight_KBQW @ value_KBWD).transpose(0, 1).flatten(1, 2)
+    def _allocate(self, count: int) -> IntArray:
+        assert self.used + count <= self.capacity, "no room was made"
+        again = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        fresh = np.arange(self._fresh, self._fresh + count - len(again))
+        self._fresh += len(fresh)
+        self.used += count
+        return np.concatenate([np.array(again, dtype=np.int64), fresh])
 
+    def _remove(self, node: Node) -> None:
+        assert node.parent is not None and not node.children
+        del node.parent.children[int(node.key_N[0])]
+        self._free += node.slot_N.tolist()
+        self.used -= len(node)
 
-def _attend_context(bucket: Bucket, layer: int, query_KRQD: Tensor, tail_scores_KRQW: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax over contexts and tails: the contexts' part applied to their values, and the weights of the tails."""
-    key_KGCD, value_KGCD = bucket.kv_L2KGCD[layer]
-    num_heads, num_contexts, length, dim = key_KGCD.shape
-    rows = query_KRQD.shape[:3]
-    scores = query_KRQD.reshape(num_heads, num_contexts, -1, dim) @ key_KGCD.mT
-    if bucket.bias_G1C is not None:
-        scores += bucket.bias_G1C
-    weight = torch.cat([scores.view(*rows, length), tail_scores_KRQW], -1).softmax(-1)
-    attended = weight[..., :length].reshape(scores.shape) @ value_KGCD
-    return attended.view(*rows, dim), weight[..., length:]
+    def _touch(self, node: Node) -> None:
+        self._clock += 1
+        for above in node.path():
+            above.used = self._clock
 
-
-def row_order(contexts: Sequence[Context]) -> list[int]:
-    """Order rows (given by their contexts) so that those of one context, and contexts of one bucket, are neighbours."""
-    count = Counter(contexts)
-    number = {context: i for i, context in enumerate(count)}
-    return sorted(range(len(contexts)), key=lambda i: (count[contexts[i]], len(contexts[i]), number[contexts[i]]))
-
-
-def buckets(contexts: Sequence[Context], previous: Sequence[Bucket] = ()) -> list[Bucket]:
-    """Buckets of rows in `row_order`; the K/V of a previous bucket with the same contexts is used again."""
-    groups: list[list[Context]] = []
-    count = Counter(contexts)
-    for context in count:
-        first = groups[-1][0] if groups else context
-        limit = len(first) * (1 + LENGTH_SLACK) + LENGTH_SLACK_TOKENS
-        if groups and count[first] == count[context] and len(context) <= limit:
-            groups[-1].append(context)
-        else:
-            groups.append([context])
-    known = {bucket.contexts: (bucket.kv_L2KGCD, bucket.bias_G1C) for bucket in previous}
-    result, start = [], 0
-    for group in groups:
-        members = tuple(group)
-        stop = start + len(group) * count[group[0]]
-        kv, bias = known.get(members) or _gather(members)
-        result.append(Bucket(contexts=members, start=start, stop=stop, kv_L2KGCD=kv, bias_G1C=bias))
-        start = stop
-    return result
-
-
-def _gather(contexts: Sequence[Context]) -> tuple[Tensor, Tensor | None]:
-    lengths = [len(context) for context in contexts]
-    layers, two, heads, _, dim = contexts[0].tree_L2KTD.shape
-    kv_L2KGCD = contexts[0].tree_L2KTD.new_zeros(layers, two, heads, len(contexts), max(lengths), dim)
-    for i, context in enumerate(contexts):
-        kv_L2KGCD[:, :, :, i, : lengths[i]] = context.tree_L2KTD.index_select(3, context.path_C)
-    if min(lengths) == max(lengths):
-        return kv_L2KGCD, None
-    hidden_GC = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-    bias_G1C = torch.zeros(hidden_GC.shape, dtype=kv_L2KGCD.dtype).masked_fill_(hidden_GC, -torch.inf)[:, None]
-    return kv_L2KGCD, bias_G1C.to(kv_L2KGCD.device)
+    def _nodes(self) -> Iterator[Node]:
+        pending = list(self.root.children.values())
+        while pending:
+            node = pending.pop()
+            pending += node.children.values()
+            yield node

@@ -1,6 +1,6 @@
-"""The forward passes of rollout: prefill a forest of prompts, decode one token a row.
+"""The forward passes of rollout: a chunk of prompts and one token of each decoding row, in one flat row.
 
-Legend: T tree tokens, B rows, V vocabulary, E hidden size, G prompts; K, D, L, 2 as in kv_tree.
+Legend: F tokens of a chunk's forest, N its new ones, B decoding rows, T = N + B, V vocabulary, E hidden size.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.attention import Attend, hidden_states
 from mas_hpc.models.tree_attention import TreeAttention
-from mas_hpc.prefix_tree import IntArray, merge
-from mas_hpc.rollout.native.kv_tree import Context, DecodeAttention
-from mas_hpc.rollout.native.scheduler import Prompt
+from mas_hpc.prefix_tree import IntArray
+from mas_hpc.rollout.native.decode_attention import DecodeAttention
+from mas_hpc.rollout.native.kv_pool import KVPool
+from mas_hpc.rollout.native.prefill import Chunk
 
 SKINNY = 16
 """Up to this many rows a CPU multiplies (W @ x.T).T faster than x @ W.T."""
@@ -27,29 +28,30 @@ class Runner:
     """A prepared model and its adapters. Raises nothing of its own."""
 
     def __init__(self, model: PreTrainedModel, bank: AdapterBank | None) -> None:
-        self._model = model
+        self.model = model
         self.head = model.get_output_embeddings()
         self._bank = bank
         self._device = model.device
 
-    def prefill(self, prompts: Sequence[Prompt]) -> tuple[list[Context], int]:
-        """Run each prefix of the prompts once; return their contexts and the number of tokens that were run."""
-        tree = merge([prompt.token_ids for prompt in prompts], [prompt.adapters for prompt in prompts])
-        attend = _Recording(TreeAttention(tree.leave_T, device=self._device))
-        hidden_TE = self._hidden(
-            self._tensor(tree.token_T), self._tensor(tree.position_T), self._tensor(tree.adapter_T), attend
-        )
-        kv_L2KTD = torch.stack([torch.stack(pair) for pair in attend.kv])
-        contexts = [
-            Context(tree_L2KTD=kv_L2KTD, path_C=self._tensor(index), hidden_E=hidden_TE[int(index[-1])].clone())
-            for index in tree.path_index
-        ]
-        return contexts, len(tree)
+    def prefill(self, chunk: Chunk, pool: KVPool) -> Tensor:
+        """Run a chunk; return the hidden states of its new tokens, [N, E]."""
+        attend = PrefillAttention(chunk, pool)
+        return self._hidden(*(self._tensor(row) for row in (chunk.token_N, chunk.position_N, chunk.adapter_N)), attend)
 
     def decode(self, token_B: Sequence[int], position_B: Tensor, adapter_B: Tensor, attend: DecodeAttention) -> Tensor:
-        """Feed one token a row; return the logits of the next, [B, V]."""
+        """Feed one token a row; return hidden states, [B, E]."""
         attend.tails.advance()
-        return self.logits(self._hidden(self._tensor(token_B), position_B, adapter_B, attend))
+        return self._hidden(self._tensor(token_B), position_B, adapter_B, attend)
+
+    def both(
+        self, chunk: Chunk, pool: KVPool, token_B: Sequence[int], position_B: Tensor, adapter_B: Tensor, attend: DecodeAttention
+    ) -> tuple[Tensor, Tensor]:
+        """A chunk and a decoding step as one pass over the weights; hidden states of both."""
+        attend.tails.advance()
+        mixed = MixedAttention(PrefillAttention(chunk, pool), len(chunk), attend)
+        columns = ((chunk.token_N, self._tensor(token_B)), (chunk.position_N, position_B), (chunk.adapter_N, adapter_B))
+        hidden_TE = self._hidden(*(torch.cat([self._tensor(first), second]) for first, second in columns), mixed)
+        return hidden_TE[: len(chunk)], hidden_TE[len(chunk) :]
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
         """The LM head."""
@@ -59,7 +61,7 @@ class Runner:
 
     def _hidden(self, token_T: Tensor, position_T: Tensor, adapter_T: Tensor, attend: Attend) -> Tensor:
         with self._route(adapter_T):
-            return hidden_states(self._model, token_T, position_T, attend)
+            return hidden_states(self.model, token_T, position_T, attend)
 
     def _route(self, adapter_T: Tensor) -> AbstractContextManager[None]:
         return nullcontext() if self._bank is None else self._bank.route(adapter_T)
@@ -68,14 +70,39 @@ class Runner:
         return torch.as_tensor(values, device=self._device)
 
 
-class _Recording:
-    """An `Attend` that keeps the keys and values of each layer."""
+class PrefillAttention:
+    """An `Attend` over a chunk (T = N): keys and values go to their slots, and come from there with those of the ancestors."""
 
-    def __init__(self, attend: Attend) -> None:
-        self.kv: list[tuple[Tensor, Tensor]] = []
-        self._attend = attend
+    def __init__(self, chunk: Chunk, pool: KVPool) -> None:
+        device = pool.shape.device
+        query_N = chunk.query_N
+        self._tree = TreeAttention(chunk.leave_F, queries=query_N, device=device)
+        self._pool = pool
+        stored = chunk.is_stored_N
+        self._slot_N = torch.from_numpy(chunk.slot_F[query_N[stored]]).to(device)
+        self._stored_N = None if stored.all() else torch.from_numpy(stored).to(device)
+        is_whole = stored.all() and len(query_N) == len(chunk.slot_F)
+        self._slot_F = None if is_whole else torch.from_numpy(chunk.slot_F).to(device)
+        pool.reach(self._slot_N)
 
     def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
-        assert layer == len(self.kv)
-        self.kv.append((key_KTD, value_KTD))
-        return self._attend(layer, query_HTD, key_KTD, value_KTD, scaling)
+        """Return the attended values, [N, H, D]."""
+        chosen = (key_KTD, value_KTD) if self._stored_N is None else (key_KTD[:, self._stored_N], value_KTD[:, self._stored_N])
+        self._pool.write(layer, self._slot_N, *chosen)
+        if self._slot_F is not None:
+            key_KTD, value_KTD = self._pool.read(layer, self._slot_F)
+        return self._tree(layer, query_HTD, key_KTD, value_KTD, scaling)
+
+
+class MixedAttention:
+    """An `Attend` whose first tokens are a chunk and whose others are one token a decoding row."""
+
+    def __init__(self, prefill: PrefillAttention, num_prefill: int, decode: DecodeAttention) -> None:
+        self._prefill, self._count, self._decode = prefill, num_prefill, decode
+
+    def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
+        """Return the attended values, [T, H, D]."""
+        heads = (query_HTD, key_KTD, value_KTD)
+        new = self._prefill(layer, *(part[:, : self._count] for part in heads), scaling)
+        rows = self._decode(layer, *(part[:, self._count :] for part in heads), scaling)
+        return torch.cat([new, rows])
