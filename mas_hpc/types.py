@@ -14,6 +14,8 @@ from typing import Literal
 
 Finish = Literal["stop", "length", "error"]
 Span = tuple[str, int]  # (policy that wrote the tokens, "" for prompts and cues; number of tokens)
+BASE_POLICY = "base"
+"""The model without adapters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Turn:
     policy_version: int = 0
     seed: int = 0
     wall_s: float = 0.0
-    """Wall time from request to completion, shared by all requests of one engine call."""
+    """Latency of its request: wall time from submission to the end, waiting for room included."""
     committed: bool = False
     counterfactual: bool = False
     """Sampled only to value an earlier turn: outside every group and never trained on."""

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from mas_hpc.types import BASE_POLICY as BASE_POLICY
 from mas_hpc.types import Finish, Span
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BASE_POLICY = "base"
-"""The model without adapters."""
 Weights: TypeAlias = "Iterable[tuple[str, str, Tensor]]"
 """(policy, name, tensor): of BASE_POLICY a parameter of the model, of others a tensor of their adapter under PEFT's name."""
 
