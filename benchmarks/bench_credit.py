@@ -39,9 +39,8 @@ from mas_hpc.credit_assignment.credit import Credit, CreditMethod
 from mas_hpc.credit_assignment.credit import Path as CreditPath
 from mas_hpc.credit_assignment.error_localization import Fault, fault_by_scores
 from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings
-from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.replay import ValueFunction
-from mas_hpc.phases.replays import Game, together
+from mas_hpc.phases.replays import Game, play_games
 from mas_hpc.types import Trace, Turn
 
 NUM_PILOTS, PILOT_REPLAYS = 4, 6
@@ -177,7 +176,7 @@ def credits_of(method: Method, case: Case, traces: Sequence[Trace], replays: int
         path = credit_path(method, case, trace, replays)
         game = Game(task=trace.task, path=path, how=case.how, value=method.value, num_replays=replays)
         steps.append((trace.task.id, game.credit(method.credit)))
-    return serve(case.engine, together(steps, max_live=MAX_LIVE, requests=calls, on_wave=lambda: None)), calls
+    return play_games(case.engine, steps, max_live=MAX_LIVE, requests=calls), calls
 
 
 def credit_path(method: Method, case: Case, trace: Trace, replays: int) -> CreditPath:

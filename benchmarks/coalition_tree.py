@@ -14,11 +14,11 @@ from reporting import Row, alternate, cost_row, cpu_seconds
 from mas_hpc.credit_assignment.credit import Path
 from mas_hpc.credit_assignment.estimate import answered
 from mas_hpc.credit_assignment.shapley import exact
-from mas_hpc.orchestration.collect import run as serve
-from mas_hpc.orchestration.episode import Play, Steps, parallel
+from mas_hpc.orchestration.episode import Play, Steps
+from mas_hpc.orchestration.events import serve_all
 from mas_hpc.orchestration.replay import Counterfactual, continued
 from mas_hpc.orchestration.topology import Pipeline
-from mas_hpc.phases.replays import Game, together
+from mas_hpc.phases.replays import Game, play_games
 from mas_hpc.rollout.engine import RolloutEngine
 from mas_hpc.types import Task, Trace, Turn
 
@@ -48,7 +48,7 @@ def by_tree(engine: RolloutEngine, traces: Sequence[Trace], how: Play) -> Replay
         path = Path(turns=trace.path, players=tuple(how.team.agents), outcome=trace.reward or 0.0)
         game = Game(task=trace.task, path=path, how=how, value="removal", num_replays=REPLAYS)
         steps.append((trace.task.id, game.credit("shapley")))
-    found = serve(engine, together(steps, max_live=MAX_LIVE, requests=calls, on_wave=lambda: None))
+    found = play_games(engine, steps, max_live=MAX_LIVE, requests=calls)
     return Replayed(phi=tuple(credit.attribution.phi for credit in found), calls=calls["sampled"])
 
 
@@ -62,7 +62,7 @@ def naively(engine: RolloutEngine, traces: Sequence[Trace], how: Play) -> Replay
     players = tuple(how.team.agents)
     asked = [(trace.task, present, replay) for trace in traces for present in coalitions(players) for replay in range(REPLAYS)]
     games = [unpruned(task, present, replay, how) for task, present, replay in asked]
-    ends = serve(engine, parallel(games, max_live=MAX_LIVE))
+    ends = serve_all(engine, games, max_live=MAX_LIVE)
     outcomes: dict[tuple[str, frozenset[str]], list[float]] = defaultdict(list)
     for (task, present, _), end in zip(asked, ends, strict=True):
         outcomes[task.id, present].append(how.judge.outcome(task, how.team.answer(end)))

@@ -255,8 +255,9 @@ def play_all(
     try:
         with progress:
             traces = collect(
-                run.engine, mine, how, step=step, label=label, max_live=live, on_trace=on_trace, starts=starts[turn]
-            )
+                run.engine, mine, replace(how, step=step, label=label), max_live=live, schedule=run.config.rollout.schedule,
+                on_trace=on_trace, starts=starts[turn],
+            )  # fmt: skip
             return traces if run.world.size == 1 else _gather(run.world, traces, len(tasks), how.sampling.episodes)
     except (KeyboardInterrupt, MasHpcError):
         if not keep:

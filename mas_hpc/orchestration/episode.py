@@ -83,6 +83,10 @@ class Play:
     sampling: Sampling
     judge: Judge
     seed: int
+    step: int = 0
+    """Training step that it is collected at; for the record."""
+    label: str = ""
+    """What it is collected for; for the record."""
 
 
 def play(
@@ -185,12 +189,9 @@ def _value(
     ]
 
 
-def parallel(
-    games: Sequence[Steps[Result]], *, max_live: int | None = None, on_end: Callable[[int, Result], None] | None = None
-) -> Steps[list[Result]]:
-    """Advance several generators together, as one: their requests are joined, and ended ones are replaced by waiting ones."""
+def parallel(games: Sequence[Steps[Result]], *, on_end: Callable[[int, Result], None] | None = None) -> Steps[list[Result]]:
+    """Advance several generators as one: their requests are joined, and all go on when all of these are answered."""
     results: dict[int, Result] = {}
-    waiting = list(range(len(games)))[::-1]
     asked: dict[int, list[Request]] = {}
 
     def advance(number: int, completions: list[Completion] | None) -> None:
@@ -202,11 +203,9 @@ def parallel(
             if on_end:
                 on_end(number, end.value)
 
-    while waiting or asked:
-        while waiting and (max_live is None or len(asked) < max_live):
-            advance(waiting.pop(), None)
-        if not asked:
-            continue
+    for number in range(len(games)):
+        advance(number, None)
+    while asked:
         live = list(asked)
         completions = iter((yield [request for number in live for request in asked[number]]))
         for number in live:

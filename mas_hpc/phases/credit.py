@@ -19,14 +19,13 @@ from mas_hpc.data import trace_store
 from mas_hpc.data.value_store import ValueStore
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.errors import ConfigError, DataError
-from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Play, Steps
 from mas_hpc.orchestration.replay import ValueFunction
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
 from mas_hpc.phases.credit_data import step_row, training_rows
 from mas_hpc.phases.credit_results import summary, write
 from mas_hpc.phases.localize import Localizer, Located, find_faults
-from mas_hpc.phases.replays import Game, together
+from mas_hpc.phases.replays import Game, play_games
 from mas_hpc.phases.reward import load_reward_model
 from mas_hpc.rollout.engine import BASE_POLICY
 from mas_hpc.rollout.native.engine import NativeEngine
@@ -273,10 +272,8 @@ def _play(
     try:
         with bar:
             live = max(1, run.config.rollout.max_rows // options.replays)
-            steps = together(
-                [(game.task.id, whole(game)) for game in games], max_live=live, requests=requests, on_wave=store.flush
-            )  # fmt: skip
-            return serve(run.engine, steps)
+            numbered = [(game.task.id, whole(game)) for game in games]
+            return play_games(run.engine, numbered, max_live=live, requests=requests, on_answers=store.flush)
     finally:
         store.flush()
 

@@ -13,11 +13,10 @@ from mas_hpc.credit_assignment.centring import credit_weights, erased_by_centrin
 from mas_hpc.credit_assignment.credit import Path
 from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings, default_epsilon
 from mas_hpc.distributed.exchange import gather_lines
-from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Play, Steps
 from mas_hpc.orchestration.replay import continued
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
-from mas_hpc.phases.replays import Game, together
+from mas_hpc.phases.replays import Game, play_games
 from mas_hpc.run import Run, how_to_play
 from mas_hpc.types import Trace, Turn
 
@@ -120,8 +119,7 @@ def _play(
     played = [(traces[targets[n][0]], targets[n][1]) for n in mine]
     games = [(trace.task.id, _credit(run, trace, turn, how, settings)) for trace, turn in played]
     requests: Counter[str] = Counter()
-    steps = together(games, max_live=max(1, run.config.rollout.max_rows // 8), requests=requests, on_wave=lambda: None)
-    found = serve(run.engine, steps)
+    found = play_games(run.engine, games, max_live=max(1, run.config.rollout.max_rows // 8), requests=requests)
     lines = [json.dumps([number, rewards]) for number, rewards in zip(mine, found, strict=True)]
     rewards = dict(json.loads(line) for line in gather_lines(run.world, lines))
     costs = [json.loads(line) for line in gather_lines(run.world, [json.dumps(requests)])]

@@ -12,8 +12,8 @@ from mas_hpc.agents.template import ChatTemplate
 from mas_hpc.credit_assignment.error_localization import Fault, fault_by_arithmetic, fault_by_scores
 from mas_hpc.credit_assignment.llm_judge import JUDGES, Judged, Judgement, Style
 from mas_hpc.errors import ConfigError
-from mas_hpc.orchestration.collect import run as serve
-from mas_hpc.orchestration.episode import Steps, parallel
+from mas_hpc.orchestration.episode import Steps
+from mas_hpc.orchestration.events import serve_all
 from mas_hpc.orchestration.sampling import derive_seed
 from mas_hpc.rollout.engine import Request, SamplingParams
 from mas_hpc.run import Run
@@ -85,4 +85,4 @@ def _judged(run: Run, traces: Sequence[Trace], judge: Style) -> list[Judged]:
         except StopIteration as end:
             return end.value
 
-    return serve(run.engine, parallel([steps(judge(trace.path, trace.task.question)) for trace in traces]))
+    return serve_all(run.engine, [steps(judge(trace.path, trace.task.question)) for trace in traces])

@@ -13,8 +13,9 @@ from mas_hpc.credit_assignment.credit import CREDIT, Credit, CreditMethod, Path,
 from mas_hpc.credit_assignment.shapley import Attribution, leave_one_out, mean_of_replays, shapley
 from mas_hpc.data.value_store import Key, path_digest
 from mas_hpc.orchestration.episode import Play, Result, Steps, parallel
+from mas_hpc.orchestration.events import serve_all
 from mas_hpc.orchestration.replay import Counterfactual, ValueFunction, shared, valued
-from mas_hpc.rollout.engine import Completion
+from mas_hpc.rollout.engine import Completion, RolloutEngine
 from mas_hpc.types import Task, Turn
 
 Outcomes = MutableMapping[Key, float]
@@ -94,13 +95,14 @@ class Game:
         return f"{self.task.id} | {kind} | {path_digest(kept) if kept else ''} | {drawn}"
 
 
-def together(
-    games: Sequence[tuple[str, Steps[Result]]], *, max_live: int, requests: Counter[str], on_wave: Callable[[], None]
-) -> Steps[list[Result]]:
-    """Advance all games; those of one question (its id comes first) ask for equal completions once.
+def play_games(
+    engine: RolloutEngine, games: Sequence[tuple[str, Steps[Result]]], *, max_live: int, requests: Counter[str],
+    on_answers: Callable[[], None] = lambda: None,
+) -> list[Result]:  # fmt: skip
+    """The results of all games; those of one question (its id comes first) go on together and ask for equal completions once.
 
-    `requests` counts the completions that were asked for and those that were sampled, and their tokens.
-    `on_wave` is called after each batch, when the games have taken its outcomes.
+    At most `max_live` questions are under way. `requests` counts the completions that were asked for and those that were
+    sampled, and their tokens. `on_answers` is called whenever a question's games have taken the outcomes of a batch.
     """
     numbers: dict[str, list[int]] = defaultdict(list)
     for number, (task, _) in enumerate(games):
@@ -110,12 +112,12 @@ def together(
         requests["asked"] += len(served)
 
     def sample(served: Sequence[Completion]) -> None:
-        on_wave()
+        on_answers()
         requests["sampled"] += len(served)
         requests["tokens"] += sum(len(completion.token_ids) for completion in served)
 
     trees = [shared(noted(parallel([games[number][1] for number in members]), ask), {}) for members in numbers.values()]
-    found = yield from noted(parallel(trees, max_live=max_live), sample)
+    found = serve_all(engine, [noted(tree, sample) for tree in trees], max_live=max_live)
     by_number = dict(zip(chain.from_iterable(numbers.values()), chain.from_iterable(found), strict=True))
     return [by_number[number] for number in range(len(games))]
 

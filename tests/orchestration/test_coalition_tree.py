@@ -10,8 +10,8 @@ from mas_hpc.config import ModelConfig
 from mas_hpc.credit_assignment.shapley import Attribution, exact
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.load import load_model
-from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Play, Steps, Team, parallel
+from mas_hpc.orchestration.events import run as serve
 from mas_hpc.orchestration.replay import Counterfactual, Question, continued, shared, valued
 from mas_hpc.orchestration.topology import Pipeline
 from mas_hpc.rollout.engine import Request, RolloutEngine, SamplingParams

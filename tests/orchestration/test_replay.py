@@ -9,8 +9,8 @@ import pytest
 
 from mas_hpc.agents.agent import Agent
 from mas_hpc.agents.role import ROLES, Sees
-from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Team
+from mas_hpc.orchestration.events import run as serve
 from mas_hpc.orchestration.replay import ValueFunction, continued
 from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, Single, Topology
 from mas_hpc.rollout.engine import BASE_POLICY

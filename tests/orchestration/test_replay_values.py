@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from mas_hpc.credit_assignment.estimate import Estimate
-from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Steps, Team
+from mas_hpc.orchestration.events import run as serve
 from mas_hpc.orchestration.replay import Outcomes, Question, valued
 from mas_hpc.orchestration.topology import Pipeline
 from mas_hpc.rollout.engine import Completion, Request

@@ -10,8 +10,8 @@ from itertools import combinations
 import pytest
 
 from mas_hpc.credit_assignment.credit import CreditMethod
-from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Play
+from mas_hpc.orchestration.events import run as serve
 from mas_hpc.phases.replays import Game
 from mas_hpc.rollout.scripted import ScriptedEngine
 from tests.phases.conftest import NAMES, chance, game

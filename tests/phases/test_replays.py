@@ -16,10 +16,10 @@ from mas_hpc.agents.role import ROLES
 from mas_hpc.credit_assignment.credit import Credit, CreditMethod, Question
 from mas_hpc.data.value_store import ValueStore
 from mas_hpc.orchestration.collect import collect
-from mas_hpc.orchestration.collect import run as serve
 from mas_hpc.orchestration.episode import Play
+from mas_hpc.orchestration.events import run as serve
 from mas_hpc.orchestration.topology import Debate
-from mas_hpc.phases.replays import Game, noted, together
+from mas_hpc.phases.replays import Game, noted, play_games
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import Behaviour, ScriptedEngine
 from tests.phases.conftest import NAMES, TASKS, chance, game
@@ -38,9 +38,8 @@ def credits_of(
     """As a credit run does it."""
     requests: Counter[str] = Counter()
     numbered = [(one.task.id, keeping(one, store).credit(method)) for one in games]
-    steps = together(numbered, max_live=max_live, requests=requests, on_wave=store.flush)
     try:
-        return serve(engine, steps), requests
+        return play_games(engine, numbered, max_live=max_live, requests=requests, on_answers=store.flush), requests
     finally:
         store.flush()
 
@@ -156,11 +155,10 @@ def test_after_each_batch_the_outcomes_that_it_decided_are_there_to_be_kept(
 ) -> None:  # fmt: skip
     store, one, known = ValueStore(tmp_path, rank=0), game(traces[0], how), []
     outcomes = store.of(subject(one, frozenset()))
-    steps = together(
-        [(one.task.id, keeping(one, store).credit("shapley"))],
-        max_live=1, requests=Counter(), on_wave=lambda: known.append(len(outcomes)),
+    play_games(
+        ScriptedEngine(chance, tokenizer), [(one.task.id, keeping(one, store).credit("shapley"))],
+        max_live=1, requests=Counter(), on_answers=lambda: known.append(len(outcomes)),
     )  # fmt: skip
-    serve(ScriptedEngine(chance, tokenizer), steps)
     # 2 replays of nobody, of S and R by one call, then of SR and CR by two calls, then of SCR by three.
     assert known == [2 * 3, 2 * 5, 2 * 6]
 
@@ -272,8 +270,7 @@ def test_siblings_are_the_recorded_message_and_its_alternatives_with_the_values_
 def test_equal_alternatives_are_continued_once(how: Play, traces, tokenizer) -> None:
     requests: Counter[str] = Counter()
     engine, one = ScriptedEngine(copying(tokenizer), tokenizer), game(traces[0], how)
-    steps = together([(one.task.id, one.siblings(0, 6))], max_live=1, requests=requests, on_wave=lambda: None)
-    [found] = serve(engine, steps)
+    [found] = play_games(engine, [(one.task.id, one.siblings(0, 6))], max_live=1, requests=requests)
     assert {turn.text for turn, _ in found} == {"012", "111"}
     assert policies(engine) == {"solver": 6, **dict.fromkeys(NAMES[1:], 2 * 2)}
 
