@@ -1,7 +1,7 @@
 """One attention function for every transformers architecture: it hands query, key and value to the pass's own `attend`.
 
 A pass is one flat row of tokens. Training attends along a tree (tree_attention), decoding along cached paths (rollout.native).
-Legend: H query heads, K key/value heads, T tokens, D head dimension.
+Legend: H query heads, K key/value heads, T tokens, N queries, D head dimension.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NAME = "mas_hpc"
 class Attend(Protocol):
     """What a pass does for attention in one layer."""
 
-    def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
-        """Return the attended values, [T, H, D]."""
+    def __call__(self, layer: int, query_HND: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float, /) -> Tensor:
+        """Return the attended values, [N, H, D]. In a pass over new tokens below cached ones N is less than T."""
         ...
 
 

@@ -1,9 +1,10 @@
 """Attention along a forest of tokens: each attends to itself and its ancestors, and no T x T mask is ever built.
 
-The forest is cut into blocks. A block is an interval of queries below one branching point; its keys are the tokens
-above that point and the interval itself. Blocks of similar shape are padded into one call.
-Legend: T tree tokens, H query heads, K key/value heads, D head dimension, B blocks of a batch, Q and P its padded
-queries and keys, N padded rows of all batches.
+The forest is cut into blocks. A block is an interval of tokens below one branching point; its keys are the tokens above
+that point and the interval itself, its queries those of the interval that are asked for. Blocks of similar shape are
+padded into one call.
+Legend: T tree tokens, M those that a query descends from, N queries, H query heads, K key/value heads, D head dimension,
+B blocks of a batch, Q and P its padded queries and keys, X padded rows of all batches.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from mas_hpc.prefix_tree import IntArray
 Grid = np.ndarray[tuple[int, int], np.dtype[np.int64]]
 
 BLOCK = 64
-"""Subtrees of at most this many tokens share a block; larger ones are cut at their branching points."""
+"""Subtrees of at most this many tokens share a block; larger ones are cut at their branching points.
+
+What counts is tokens times queries, at most BLOCK squared: a larger subtree with few queries is one block too.
+"""
 CHAIN = 256
 """Longest run of queries below a branching point in one block: bounds the masks and their unused upper triangles."""
 PADDING = 0.25
@@ -33,21 +37,20 @@ PADDING_FLOOR = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Queries start..stop attend to the tokens `above` and, as far as they are ancestors, to start..stop."""
+    """These queries attend to those of these keys that are their ancestors or themselves. Both are increasing indices."""
 
-    start: int
-    stop: int
-    above: IntArray
+    queries: IntArray
+    keys: IntArray
     causal: bool = False
-    """A whole tree without branches: plain causal attention, which needs no mask."""
+    """A whole tree without branches, each token a query: plain causal attention, which needs no mask."""
 
     @property
     def num_queries(self) -> int:
-        return self.stop - self.start
+        return len(self.queries)
 
     @property
     def num_keys(self) -> int:
-        return len(self.above) + self.num_queries
+        return len(self.keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,24 +64,43 @@ class Batch:
     """None: causal."""
 
 
-def cut(leave_T: IntArray, *, limit: int) -> list[Block]:
-    """Cut a forest into blocks that hold each token once as a query; `leave_T` as in PrefixTree."""
+def cut(leave_T: IntArray, query_N: IntArray, *, limit: int) -> list[Block]:
+    """Cut a forest into blocks that hold each query once; `leave_T` as in PrefixTree, `query_N` increases.
+
+    Every leaf must be a query (`pruned` sees to that): then all tokens are keys of somebody.
+    """
     stop_T = _segment_stops(leave_T)
+    first_T1 = np.searchsorted(query_N, np.arange(len(leave_T) + 1))
     blocks: list[Block] = []
     pending = [(start, stop, np.zeros(0, dtype=np.int64)) for start, stop in _siblings(leave_T, 0, len(leave_T))]
     while pending:
         start, stop, above = pending.pop()
         end = int(stop_T[start])
-        causal = end == stop and not len(above)
-        if causal or stop - start <= limit:
-            blocks.append(Block(start=start, stop=stop, above=above, causal=causal))
+        query_Q = query_N[first_T1[start] : first_T1[stop]]
+        causal = end == stop and not len(above) and len(query_Q) == stop - start
+        if causal or (stop - start) * len(query_Q) <= limit**2:
+            keys = np.concatenate([above, np.arange(start, stop)])
+            blocks.append(Block(queries=query_Q, keys=keys, causal=causal))
             continue
         path = np.concatenate([above, np.arange(start, end)])
-        for first in range(start, end, CHAIN):
-            top = path[: len(above) + first - start]
-            blocks.append(Block(start=first, stop=min(first + CHAIN, end), above=top))
-        pending += [(first, last, path) for first, last in _packed(_siblings(leave_T, end, stop), limit)]
+        run_Q = query_N[first_T1[start] : first_T1[end]]
+        for first in range(0, len(run_Q), CHAIN):
+            queries = run_Q[first : first + CHAIN]
+            blocks.append(Block(queries=queries, keys=path[: len(above) + int(queries[-1]) + 1 - start]))
+        pending += [(first, last, path) for first, last in _packed(_siblings(leave_T, end, stop), first_T1, limit)]
     return blocks
+
+
+def pruned(leave_T: IntArray, query_N: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Drop the tokens that no query descends from.
+
+    Returns the indices of the others, and their `leave_T` and the queries in the indices of the smaller forest.
+    """
+    first_T1 = np.searchsorted(query_N, np.arange(len(leave_T) + 1))
+    needed_T = first_T1[leave_T] > first_T1[:-1]
+    index_T1 = np.append(0, np.cumsum(needed_T))
+    kept = np.flatnonzero(needed_T)
+    return kept, index_T1[leave_T[kept]], index_T1[query_N]
 
 
 def _segment_stops(leave_T: IntArray) -> IntArray:
@@ -95,11 +117,11 @@ def _siblings(leave_T: IntArray, start: int, stop: int) -> Iterator[tuple[int, i
         start = leave
 
 
-def _packed(intervals: Iterator[tuple[int, int]], limit: int) -> list[tuple[int, int]]:
-    """Join neighbours greedily up to `limit` tokens."""
+def _packed(intervals: Iterator[tuple[int, int]], first_T1: IntArray, limit: int) -> list[tuple[int, int]]:
+    """Join neighbours greedily up to `limit` tokens, or more if few of them are queries."""
     packed: list[tuple[int, int]] = []
     for start, stop in intervals:
-        if packed and stop - packed[-1][0] <= limit:
+        if packed and (stop - packed[-1][0]) * int(first_T1[stop] - first_T1[packed[-1][0]]) <= limit**2:
             packed[-1] = (packed[-1][0], stop)
         else:
             packed.append((start, stop))
@@ -128,9 +150,8 @@ def _batch(blocks: Sequence[Block], leave_T: IntArray) -> Batch:
     query_BQ = np.full((len(blocks), max(block.num_queries for block in blocks)), -1)
     key_BP = np.full((len(blocks), max(block.num_keys for block in blocks)), -1)
     for row, block in enumerate(blocks):
-        query_BQ[row, : block.num_queries] = np.arange(block.start, block.stop)
-        key_BP[row, : len(block.above)] = block.above
-        key_BP[row, len(block.above) : block.num_keys] = query_BQ[row, : block.num_queries]
+        query_BQ[row, : block.num_queries] = block.queries
+        key_BP[row, : block.num_keys] = block.keys
     if blocks[0].causal:
         return Batch(query_BQ=query_BQ, key_BP=key_BP, visible_BQP=None)
     # A padded query repeats its block's first one, so that no row of the mask is empty (a softmax over nothing is nan).
@@ -143,33 +164,40 @@ def _batch(blocks: Sequence[Block], leave_T: IntArray) -> Batch:
 class TreeAttention:
     """An `Attend` over one forest; planned once, used by every layer, in recomputation and in the backward pass.
 
+    `queries` are the tree indices that attend, increasing: the rows of the queries and of the output. All tokens are keys.
+
     Example: TreeAttention(merge([[1, 2, 3], [1, 2, 4]]).leave_T)
     """
 
-    def __init__(self, leave_T: IntArray | Tensor, *, limit: int = BLOCK, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, leave_T: IntArray | Tensor, *, queries: IntArray | None = None, limit: int = BLOCK,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         leave_T = np.asarray(leave_T.cpu() if isinstance(leave_T, Tensor) else leave_T)
-        batches = [_batch(group, leave_T) for group in batched(cut(leave_T, limit=limit))]
-        query_N = np.concatenate([batch.query_BQ.ravel() for batch in batches])
-        key_N = np.concatenate([batch.key_BP.ravel() for batch in batches])
-        real = np.flatnonzero(query_N >= 0)
-        self._query_N, self._key_N = (_gather_index(index, len(leave_T), device) for index in (query_N, key_N))
-        self._place_T = _gather_index(real[np.argsort(query_N[real])], len(query_N), device)
+        kept, leave_M, query_N = pruned(leave_T, np.arange(len(leave_T)) if queries is None else queries)
+        batches = [_batch(group, leave_M) for group in batched(cut(leave_M, query_N, limit=limit))]
+        query_X = np.concatenate([batch.query_BQ.ravel() for batch in batches])
+        key_X = np.concatenate([batch.key_BP.ravel() for batch in batches])
+        real = np.flatnonzero(query_X >= 0)
+        self._query_X = _gather_index(np.searchsorted(query_N, query_X), len(query_N), device)
+        self._key_X = _gather_index(kept[key_X], len(leave_T), device)
+        self._place_N = _gather_index(real[np.argsort(query_X[real])], len(query_X), device)
         self._query_shapes = [batch.query_BQ.shape for batch in batches]
         self._key_shapes = [batch.key_BP.shape for batch in batches]
         self._visible = [batch.visible_BQP for batch in batches]
         self._device = device
         self._bias: list[Tensor | None] = []
 
-    def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
-        """Return the attended values, [T, H, D]."""
-        queries = _heads(query_HTD, self._query_N, self._query_shapes)
-        keys, values = (_heads(heads, self._key_N, self._key_shapes) for heads in (key_KTD, value_KTD))
+    def __call__(self, layer: int, query_HND: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
+        """Return the attended values, [N, H, D]."""
+        queries = _heads(query_HND, self._query_X, self._query_shapes)
+        keys, values = (_heads(heads, self._key_X, self._key_shapes) for heads in (key_KTD, value_KTD))
         outputs = [
             scaled_dot_product_attention(query, key, value, bias, 0.0, bias is None, scale=scaling, enable_gqa=True)
-            for query, key, value, bias in zip(queries, keys, values, self._biases(query_HTD.dtype), strict=True)
+            for query, key, value, bias in zip(queries, keys, values, self._biases(query_HND.dtype), strict=True)
         ]
         rows = [output_BHQD.transpose(1, 2).flatten(0, 1).flatten(1) for output_BHQD in outputs]
-        return _gather(torch.cat(rows), self._place_T).unflatten(1, (len(query_HTD), -1))
+        return _gather(torch.cat(rows), self._place_N).unflatten(1, (len(query_HND), -1))
 
     def _biases(self, dtype: torch.dtype) -> list[Tensor | None]:
         """Additive masks: of a boolean one every layer would keep its own converted copy for the backward pass."""
@@ -183,16 +211,16 @@ def _bias(visible_BQP: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gather_index(index: IntArray, num_rows: int, device: torch.device | str) -> Tensor | None:
-    """None when it takes each of `num_rows` rows in order. Padding takes row 0, which the masks hide."""
+    """None when it takes each of `num_rows` rows in order."""
     if np.array_equal(index, np.arange(num_rows)):
         return None
-    return torch.from_numpy(np.maximum(index, 0)).to(device)
+    return torch.from_numpy(index).to(device)
 
 
-def _heads(heads_XTD: Tensor, index_N: Tensor | None, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def _heads(heads_YTD: Tensor, index_X: Tensor | None, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
     """The rows of each batch, [B, heads, Q or P, D]."""
-    rows = _gather(heads_XTD.transpose(0, 1).flatten(1), index_N).split([count * width for count, width in shapes])
-    return [part.view(*shape, len(heads_XTD), -1).transpose(1, 2) for part, shape in zip(rows, shapes, strict=True)]
+    rows = _gather(heads_YTD.transpose(0, 1).flatten(1), index_X).split([count * width for count, width in shapes])
+    return [part.view(*shape, len(heads_YTD), -1).transpose(1, 2) for part, shape in zip(rows, shapes, strict=True)]
 
 
 def _gather(rows: Tensor, index: Tensor | None) -> Tensor:

@@ -1,3 +1,4 @@
+import math
 import random
 from itertools import chain
 
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mas_hpc.models.tree_attention import CHAIN, TreeAttention, batched, cut
+from mas_hpc.models.tree_attention import CHAIN, TreeAttention, batched, cut, pruned
 from mas_hpc.prefix_tree import merge
 
 paths_of_tokens = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=25)
@@ -53,14 +54,70 @@ def assert_equals_dense(tree, limit, **shape):
 def test_blocks_show_each_query_its_ancestors_and_nothing_else(paths, limit):
     tree = merge(paths)
     seen = np.zeros((len(tree), len(tree)), dtype=bool)
-    blocks = cut(tree.leave_T, limit=limit)
+    blocks = cut(tree.leave_T, np.arange(len(tree)), limit=limit)
     for block in blocks:
-        for query in range(block.start, block.stop):
-            seen[query, block.above] = True
-            seen[query, block.start : query + 1] = tree.leave_T[block.start : query + 1] > query
-    assert sorted(q for block in blocks for q in range(block.start, block.stop)) == list(range(len(tree)))
+        for query in block.queries:
+            seen[query, block.keys] = (block.keys <= query) & (tree.leave_T[block.keys] > query)
+    assert sorted(query for block in blocks for query in block.queries) == list(range(len(tree)))
     assert (seen == ancestors(tree)).all()
     assert sorted(map(id, chain.from_iterable(batched(blocks)))) == sorted(map(id, blocks))
+
+
+@settings(max_examples=100, deadline=None)
+@given(paths=paths_of_tokens, limit=st.integers(1, 40), data=st.data())
+def test_some_queries_get_the_rows_that_all_would(paths, limit, data):
+    tree = merge(paths)
+    chosen = np.array(sorted(data.draw(st.sets(st.integers(0, len(tree) - 1), min_size=1))))
+    query, key, value = heads(tree)
+    ours = TreeAttention(tree.leave_T, queries=chosen, limit=limit)(0, query[:, chosen], key, value, 0.7)
+    reference = dense(tree, query, key, value, 0.7)[chosen]
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+    weight = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64)
+    gradients = [torch.autograd.grad((out.reshape(-1) * weight).sum(), (query, key, value)) for out in (ours, reference)]
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@settings(max_examples=60, deadline=None)
+@given(paths=paths_of_tokens, data=st.data())
+def test_pruning_keeps_exactly_the_ancestors_of_queries(paths, data):
+    tree = merge(paths)
+    chosen = np.array(sorted(data.draw(st.sets(st.integers(0, len(tree) - 1), min_size=1))))
+    seen = ancestors(tree)
+    kept, leave_M, query_N = pruned(tree.leave_T, chosen)
+    assert kept.tolist() == np.flatnonzero(seen[chosen].any(0)).tolist()
+    assert kept[query_N].tolist() == chosen.tolist()
+    index = np.arange(len(kept))
+    assert ((index <= index[:, None]) & (index[:, None] < leave_M) == seen[np.ix_(kept, kept)]).all()
+
+
+def num_pairs(attend):
+    return sum(math.prod(shape) * keys for shape, (_, keys) in zip(attend._query_shapes, attend._key_shapes, strict=True))
+
+
+def test_the_last_token_of_a_chain_costs_its_length():
+    tree = merge([list(range(3000))])
+    assert num_pairs(TreeAttention(tree.leave_T, queries=np.array([2999]))) == 3000
+
+
+def test_new_tokens_below_cached_chains_are_cut_into_runs():
+    tree = merge([list(range(1200)), [*range(900), *range(2000, 2400)]])
+    chosen = np.sort(np.concatenate([path[-350:] for path in tree.path_index]))
+    attend = TreeAttention(tree.leave_T, queries=chosen)
+    query, key, value = heads(tree)
+    ours = attend(0, query[:, chosen], key, value, 0.7)
+    torch.testing.assert_close(ours, dense(tree, query, key, value, 0.7)[chosen], rtol=0, atol=1e-12)
+    assert max(queries for _, queries in attend._query_shapes) <= CHAIN
+    assert num_pairs(attend) < 2 * len(chosen) * 1300
+
+
+def test_tokens_that_nobody_descends_from_are_no_keys():
+    tree = merge([[1, 2, 3, 4], [1, 2, 5, 6], [7, 8]])
+    attend = TreeAttention(tree.leave_T, queries=np.array([3]))
+    query, key, value = heads(tree)
+    hidden = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.bool)[:, None]
+    ours = attend(0, query[:, [3]], key.masked_fill(hidden, torch.nan), value.masked_fill(hidden, torch.nan), 0.7)
+    torch.testing.assert_close(ours, dense(tree, query, key, value, 0.7)[[3]], rtol=0, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,14 +135,14 @@ def test_long_branches_below_a_long_prefix_are_cut_into_runs():
     rng = random.Random(0)
     prefix = [rng.randrange(9) for _ in range(CHAIN + 20)]
     tree = merge([prefix + [rng.randrange(9) for _ in range(CHAIN + 40)] for _ in range(2)])
-    assert max(block.num_queries for block in cut(tree.leave_T, limit=64)) <= CHAIN
+    assert max(block.num_queries for block in cut(tree.leave_T, np.arange(len(tree)), limit=64)) <= CHAIN
     assert_equals_dense(tree, 64)
 
 
 def test_whole_chains_need_no_mask_and_one_of_them_no_gather():
     attend = TreeAttention(merge([list(range(1000))]).leave_T)
     assert attend._visible == [None]
-    assert (attend._query_N, attend._key_N, attend._place_T) == (None, None, None)
+    assert (attend._query_X, attend._key_X, attend._place_N) == (None, None, None)
 
 
 def test_no_mask_grows_with_the_square_of_the_forest():
