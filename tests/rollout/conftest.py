@@ -1,5 +1,7 @@
 """Small random models and a character tokenizer. Initialised wide, so that predictions are not all alike."""
 
+import importlib.util
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -13,6 +15,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from mas_hpc.config import AdapterConfig, RolloutConfig, RunConfig
+from mas_hpc.config_methods import SFTConfig
+from mas_hpc.models.adapters import AdapterBank
+from mas_hpc.rollout.vllm import VLLMEngine, save_for_vllm, vllm_engine
 
 ALPHABET = "0123456789abcdefghijklmnopqrstu"
 SIZES = {"vocab_size": 32, "initializer_range": 0.3}
@@ -58,3 +65,49 @@ def build(kind: str) -> PreTrainedModel:
 @pytest.fixture(params=["llama", "qwen3", "gpt2"])
 def library_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return build(request.param)
+
+
+def small_model() -> PreTrainedModel:
+    """What vLLM can serve on a CPU: float32, heads of 32."""
+    torch.manual_seed(0)
+    sizes = LLAMA | {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"initializer_range": 0.15}), **sizes)).eval()
+
+
+def small_bank(model: PreTrainedModel) -> AdapterBank:
+    """Adapters of two policies, both of which change the model."""
+    bank = AdapterBank.install(
+        model, ["solver", "critic"], rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "down_proj"), seed=0
+    )
+    generator = torch.Generator().manual_seed(1)
+    for policy in bank.policies:
+        bank.assign(policy, {name: torch.randn(t.shape, generator=generator) / 4 for name, t in bank.tensors(policy).items()})
+    return bank
+
+
+def vllm_config(**adapters: object) -> RunConfig:
+    return RunConfig(
+        rollout=RolloutConfig(engine="vllm", kv_gib=0.02, max_rows=8), adapters=AdapterConfig(**adapters), method=SFTConfig()
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def needs_vllm() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed; run: make test-vllm")
+
+
+@pytest.fixture(scope="session")
+def vllm_plain(needs_vllm, tokenizer, tmp_path_factory) -> VLLMEngine:
+    """vLLM on `small_model`; tests that load other weights put these back."""
+    folder, policies = save_for_vllm(small_model(), tokenizer, None, tmp_path_factory.mktemp("plain"))
+    return vllm_engine(vllm_config(), folder, tokenizer, policies)
+
+
+@pytest.fixture(scope="session")
+def vllm_adapted(needs_vllm, tokenizer, tmp_path_factory) -> VLLMEngine:
+    """vLLM on `small_model` with the adapters of `small_bank`; tests that load other weights put these back."""
+    model = small_model()
+    folder, policies = save_for_vllm(model, tokenizer, small_bank(model), tmp_path_factory.mktemp("adapted"))
+    config = vllm_config(policies="per_agent", rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "down_proj"))
+    return vllm_engine(config, folder, tokenizer, policies)
