@@ -55,9 +55,13 @@ class BankLinear(nn.Module):
         self.lora_a = nn.ParameterList(nn.Parameter(block.to(like)) for block in blocks)
         self.lora_b = nn.ParameterList(nn.Parameter(like.new_zeros(rank, base.out_features)) for _ in blocks)
 
+    def base(self, x: Tensor) -> Tensor:
+        """The frozen layer."""
+        return F.linear(x, self.weight, self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map [1, T, in] to [1, T, out]; without a route any shape, by the base alone."""
-        base = F.linear(x, self.weight, self.bias)
+        base = self.base(x)
         gate, active = self.route.gate, self.route.active
         if gate is None:
             return base

@@ -92,8 +92,9 @@ class NativeEngine(RolloutEngine):
     def load(self, *, version: int, weights: Weights | None = None) -> str:
         """Serve `weights`, or the model's as they are now, as `version`; keys and values of the old ones are dropped."""
         assert self._idle, "load while requests are outstanding"
-        self._version = version
+        self._version, self._seen_weights = version, -1
         self._forget()
+        self._runner.packed.clear()
         return assign_weights(self._model, self._bank, weights) if weights is not None else ""
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
@@ -117,7 +118,7 @@ class NativeEngine(RolloutEngine):
         if self._idle:
             return []
         wall_s, cpu_s, evicted = time.perf_counter(), time.process_time(), self._scheduler.tree.evicted
-        with torch.inference_mode():
+        with torch.inference_mode(), self._runner.packed.used():
             while (row := self._scheduler.victim()) is not None:
                 self._set_back(row)
             for _ in range(STEPS_PER_POLL):
@@ -325,6 +326,7 @@ class NativeEngine(RolloutEngine):
         seen = sum(parameter._version for parameter in self._model.parameters())
         if seen != self._seen_weights:
             self._forget()
+            self._runner.packed.pack()
             self._seen_weights = seen
         self._was_training = self._model.training
         if self._was_training:

@@ -18,10 +18,8 @@ from mas_hpc.models.tree_attention import TreeAttention
 from mas_hpc.prefix_tree import IntArray
 from mas_hpc.rollout.native.decode_attention import DecodeAttention
 from mas_hpc.rollout.native.kv_pool import KVPool
+from mas_hpc.rollout.native.packed_linear import PackedLinears
 from mas_hpc.rollout.native.prefill import Chunk
-
-SKINNY = 16
-"""Up to this many rows a CPU multiplies (W @ x.T).T faster than x @ W.T."""
 
 
 class Runner:
@@ -30,6 +28,7 @@ class Runner:
     def __init__(self, model: PreTrainedModel, bank: AdapterBank | None) -> None:
         self.model = model
         self.head = model.get_output_embeddings()
+        self.packed = PackedLinears(model)
         self._bank = bank
         self._device = model.device
 
@@ -55,8 +54,6 @@ class Runner:
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
         """The LM head."""
-        if len(hidden_BE) <= SKINNY and hidden_BE.device.type == "cpu" and self.head.bias is None:
-            return (self.head.weight @ hidden_BE.T).T
         return self.head(hidden_BE)
 
     def _hidden(self, token_T: Tensor, position_T: Tensor, adapter_T: Tensor, attend: Attend) -> Tensor:
