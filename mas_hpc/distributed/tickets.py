@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from mas_hpc.distributed.shared_tickets import SharedTickets, next_phase
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import RolloutError
 
 
 class Tickets(Protocol):
@@ -82,4 +82,5 @@ def open_tickets(world: World, label: str, count: int, *, stall_s: float) -> Tic
     """
     if world.size == 1:
         return LocalTickets(count)
-    raise RolloutError(f"{label}: {count} jobs for {world.size} ranks within {stall_s:g} s of each other need a store")
+    assert world.store is not None, "ranks open tickets while connected"
+    return SharedTickets(next_phase(world.store, world.rank, world.size, label, count), stall_s=stall_s)

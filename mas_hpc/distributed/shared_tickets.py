@@ -1,0 +1,318 @@
+"""Tickets of several ranks over one store. The store alone knows what is done; a rank may stop at any instruction.
+
+Keys, under "tickets/": `beat/<rank>` is the rank's record: its sign of life and the jobs that it holds, in one value, so that
+it cannot live without its leases. `<phase>/next` counts the jobs that were handed out. `<phase>/won/<job>` is the first result
+of a job, with the rank that gave it: it is written once, by compare-and-set, and that write alone decides whose result counts.
+Everything else may be stale, lost or doubled at the cost of a job played twice, never of one that counts twice or is missing.
+
+Costs, in round trips to the store: 2 a chunk, 1 a finished job, 1 a job to drop it, and about 2 a second a rank. A store whose
+host is stopped, not dead, blocks its clients until it goes on: torch's client has no timeout for that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store
+
+from mas_hpc.errors import RolloutError
+
+SUPPLY = 0.75
+"""Part of its fair share of the work left that a rank has under way. All of it would leave nothing to even out, since lengths
+differ; much less would make batches small, and a decoding step costs nearly the same for a small batch as for a large one."""
+BEAT_S = 1.0
+"""Least time between two signs of life, and between two looks at what others have finished while busy."""
+IDLE_S = 0.02
+"""Least time between two looks at what others have finished when there is nothing else to do."""
+WATCH_S = 5.0
+"""Most time between two looks at the other ranks' records, by a rank that has room when everything is handed out."""
+WINDOW = 64
+"""Keys of one message: bounds its size, and how many records a rank reads at a look."""
+_COMPRESSION = 1
+"""zlib's fastest: half to a quarter of the size of a trace's JSON, in less time than it takes to parse it again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What a rank says about itself: its sign of life and its leases.
+
+    Example: Record(phase=2, beat=17, stall_s=300.0, jobs=(4, 9), taken_by=-1)
+    """
+
+    phase: int
+    beat: int
+    """Grows with every sign of life; others compare it over their own clock, so that clocks need not agree."""
+    stall_s: float
+    """How long the beat may stay the same; 0 between phases, when nothing is promised."""
+    jobs: tuple[int, ...]
+    taken_by: int = -1
+    """The rank that has taken jobs out of it since, if any: two that do so at once must not write the same."""
+
+    def to_json(self) -> str:
+        """As it is stored."""
+        return json.dumps([self.phase, self.beat, self.stall_s, self.jobs, self.taken_by], separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Record:
+        """As it was stored."""
+        phase, beat, stall_s, jobs, taken_by = json.loads(text)
+        return Record(phase=phase, beat=beat, stall_s=stall_s, jobs=tuple(jobs), taken_by=taken_by)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """What all ranks agree on before they play.
+
+    Example: Phase(number=1, label="rollout", count=64, rank=0, size=2, store=store)
+    """
+
+    number: int
+    label: str
+    count: int
+    rank: int
+    size: int
+    store: Store
+    """Of all phases."""
+
+
+def next_phase(store: Store, rank: int, size: int, label: str, count: int) -> Phase:
+    """The phase that this rank opens next; numbers are never used again in one store."""
+    store = PrefixStore("tickets", store)
+    with reaching(store, label, rank):
+        number = store.add(f"opened/{rank}", 1)
+        mine = json.dumps([label, count])
+        agreed = store.compare_set(f"{number}/what", "", mine).decode()
+    assert agreed == mine, f"rank {rank} plays {mine} while another plays {agreed}: they open different phases"
+    return Phase(number=number, label=label, count=count, rank=rank, size=size, store=store)
+
+
+def declare_gone(store: Store, rank: int) -> None:
+    """Say for certain that a rank has died: its jobs are taken over at once, and nothing is kept for it."""
+    PrefixStore("tickets", store).append("gone", f"{rank},")  # type: ignore[attr-defined]  # absent from torch's stubs
+
+
+def read_record(store: Store, rank: int) -> Record | None:
+    """What a rank last said about itself; None before its first phase."""
+    store, key = PrefixStore("tickets", store), f"beat/{rank}"
+    return Record.from_json(store.get(key).decode()) if store.check([key]) else None
+
+
+@contextmanager
+def reaching(store: Store, label: str, rank: int) -> Iterator[None]:
+    """A store that is gone is a RolloutError that names it."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise RolloutError(
+            f"{label}: rank {rank} has lost the store of the ranks at {address(store)} ({error}): the process that hosts it "
+            "has ended, so nobody can hand out work; look for the first error of that process, then start again"
+        ) from error
+
+
+def address(store: Store) -> str:
+    """host:port of the store under the prefixes."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return f"{store.host}:{store.port}" if isinstance(store, dist.TCPStore) else type(store).__name__
+
+
+def supply(live: int, unassigned: int, size: int) -> int:
+    """How many more jobs a rank asks for: SUPPLY of its fair share, when others have as many under way as it has."""
+    return max(0, math.ceil(SUPPLY * (unassigned / size + live)) - live)
+
+
+class SharedTickets:
+    """Tickets of one rank of several. `clock` is any that runs evenly; the ranks' clocks need not agree."""
+
+    def __init__(self, phase: Phase, *, stall_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._phase = phase
+        self._store = phase.store
+        self._keys = f"{phase.number}/"
+        self._stall_s = stall_s
+        self._clock = clock
+        self._held: set[int] = set()
+        self._num_handed_out = 0  # at least
+        self._frontier = 0  # all jobs below it are finished
+        self._beat = 0
+        self._others = [(phase.rank + step) % phase.size for step in range(1, phase.size)]
+        self._seen: dict[int, tuple[int, float]] = {}  # rank: its beat, and since when on this rank's clock
+        now = clock()
+        self._next_beat = self._next_look = self._next_watch = now
+        self._stuck_since: float | None = None  # everything is handed out, and the frontier has not moved
+        with self._reaching():
+            self._write_record()
+
+    def take(self, live: int, room: int) -> list[int]:
+        """See Tickets."""
+        if room <= 0:
+            return []
+        with self._reaching():
+            self._beat_when_due()
+            jobs = self._draw(live, room) if self._num_handed_out < self._phase.count else self._take_over(room)
+            if jobs:
+                self._held.update(jobs)
+                self._write_record()
+        return jobs
+
+    def finish(self, job: int, result: bytes) -> bool:
+        """See Tickets."""
+        self._held.discard(job)
+        if not self._held:
+            self._next_look = self._clock()
+        tag = f"{self._phase.rank}:".encode()
+        with self._reaching():
+            value: Any = tag + zlib.compress(result, _COMPRESSION)  # torch's stubs say str and mean bytes
+            return self._store.compare_set(self._won(job), "", value).startswith(tag)
+
+    @property
+    def exhausted(self) -> bool:
+        """See Tickets."""
+        with self._reaching():
+            self._beat_when_due()
+            now = self._clock()
+            if self._num_handed_out >= self._phase.count and now >= self._next_look:
+                self._next_look = now + (BEAT_S if self._held else IDLE_S)
+                self._advance(now)
+        return self._frontier == self._phase.count
+
+    def results(self) -> list[bytes]:
+        """See Tickets."""
+        assert self.exhausted, "results before every job is finished"
+        with self._reaching():
+            found = [
+                zlib.decompress(value.partition(b":")[2])
+                for jobs in self._windows(0)
+                for value in self._store.multi_get([self._won(job) for job in jobs])
+            ]
+            self._close()
+        return found
+
+    def _reaching(self) -> AbstractContextManager[None]:
+        return reaching(self._store, self._phase.label, self._phase.rank)
+
+    def _won(self, job: int) -> str:
+        return f"{self._keys}won/{job}"
+
+    def _windows(self, start: int) -> Iterator[range]:
+        count = self._phase.count
+        return (range(first, min(first + WINDOW, count)) for first in range(start, count, WINDOW))
+
+    def _write_record(self, *, is_open: bool = True) -> None:
+        self._beat += 1
+        record = Record(
+            phase=self._phase.number, beat=self._beat, stall_s=self._stall_s if is_open else 0.0, jobs=tuple(sorted(self._held))
+        )
+        self._store.set(f"beat/{self._phase.rank}", record.to_json())
+
+    def _beat_when_due(self) -> None:
+        now = self._clock()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + BEAT_S
+        self._write_record()
+        if self._num_handed_out < self._phase.count:
+            self._num_handed_out = self._store.add(f"{self._keys}next", 0)
+
+    def _advance(self, now: float) -> None:
+        """Move the frontier over the windows of jobs that are all finished."""
+        for jobs in self._windows(self._frontier):
+            if not self._store.check([self._won(job) for job in jobs]):
+                return
+            self._frontier = jobs.stop
+            self._stuck_since = now
+
+    def _draw(self, live: int, room: int) -> list[int]:
+        """A chunk of the jobs that nobody has had yet."""
+        phase, key = self._phase, f"{self._keys}next"
+        if not supply(live, phase.count - self._num_handed_out, phase.size):
+            return []
+        self._num_handed_out = self._store.add(key, 0)
+        wanted = min(room, supply(live, phase.count - self._num_handed_out, phase.size))
+        if not wanted:
+            return []
+        self._num_handed_out = self._store.add(key, wanted)
+        return list(range(self._num_handed_out - wanted, min(self._num_handed_out, phase.count)))
+
+    def _take_over(self, room: int) -> list[int]:
+        """Jobs of ranks that are gone or stalled, and now and then those that no record knows."""
+        now = self._clock()
+        if now < self._next_watch:
+            return []
+        self._next_watch = now + min(WATCH_S, self._stall_s / 4)
+        watched, self._others = self._others[:WINDOW], self._others[WINDOW:] + self._others[:WINDOW]
+        gone = _gone(self._store)
+        for rank, text in self._records(watched):
+            record = Record.from_json(text)
+            if record.phase == self._phase.number and record.jobs and self._is_lost(rank, record, gone, now):
+                jobs = self._take_lease(rank, text, room)
+                if jobs:
+                    return jobs
+        if self._stuck_since is None or now - self._stuck_since < self._stall_s:
+            self._stuck_since = self._stuck_since or now
+            return []
+        self._stuck_since = now
+        return self._find_unknown(room)
+
+    def _records(self, ranks: Sequence[int]) -> list[tuple[int, str]]:
+        """Records of the ranks that have any; one round trip when all have."""
+        keys = [f"beat/{rank}" for rank in ranks]
+        if not self._store.check(keys):
+            ranks = [rank for rank in ranks if self._store.check([f"beat/{rank}"])]
+            keys = [f"beat/{rank}" for rank in ranks]
+        found = self._store.multi_get(keys) if keys else []
+        return [(rank, data.decode()) for rank, data in zip(ranks, found, strict=True)]
+
+    def _is_lost(self, rank: int, record: Record, gone: set[int], now: float) -> bool:
+        beat, since = self._seen.get(rank, (0, now))
+        if beat != record.beat:
+            since = now
+        self._seen[rank] = (record.beat, since)
+        return rank in gone or now - since >= self._stall_s
+
+    def _take_lease(self, rank: int, text: str, room: int) -> list[int]:
+        """Unfinished jobs of a lost rank; none if another rank was faster or the rank has come back."""
+        record = Record.from_json(text)
+        left = replace(record, jobs=record.jobs[room:], taken_by=self._phase.rank).to_json()
+        if self._store.compare_set(f"beat/{rank}", text, left).decode() != left:
+            return []
+        return self._startable(record.jobs[:room])
+
+    def _find_unknown(self, room: int) -> list[int]:
+        """Unfinished jobs in nobody's record: whose taker died before it could write them down. Two ranks may find the same."""
+        records = [Record.from_json(text) for _, text in self._records(range(self._phase.size))]
+        known = {job for record in records if record.phase == self._phase.number for job in record.jobs}
+        return self._startable([job for job in range(self._frontier, self._phase.count) if job not in known])[:room]
+
+    def _startable(self, jobs: Sequence[int]) -> list[int]:
+        return [job for job in jobs if job not in self._held and not self._store.check([self._won(job)])]
+
+    def _close(self) -> None:
+        """Say that this rank has read everything; the last one that can still read drops it."""
+        phase, keys = self._phase, self._keys
+        self._held.clear()
+        self._write_record(is_open=False)
+        self._store.set(f"{keys}read/{phase.rank}", "")
+        num_read = self._store.add(f"{keys}num_read", 1)
+        gone = _gone(self._store)
+        if num_read + len(gone) < phase.size:
+            return
+        readers = [f"{keys}read/{rank}" for rank in range(phase.size) if rank not in gone]
+        if not self._store.check(readers):
+            return
+        for job in range(phase.count):
+            self._store.delete_key(self._won(job))
+        for name in ("next", "what", "num_read", *(f"read/{rank}" for rank in range(phase.size))):
+            self._store.delete_key(f"{keys}{name}")
+
+
+def _gone(store: Store) -> set[int]:
+    """Ranks that were declared gone."""
+    return {int(rank) for rank in store.get("gone").decode().split(",") if rank} if store.check(["gone"]) else set()
