@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Protocol
+
+from mas_hpc.distributed.meeting import absent, arrive
+from mas_hpc.distributed.world import World
+from mas_hpc.errors import RolloutError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,13 +23,13 @@ class Envelope:
 
 
 class Transport(Protocol):
-    """Messages arrive whole, once, and in the order in which one rank sent them to another."""
+    """Messages arrive whole, once, and in the order in which one rank sent them to another. Of one thread."""
 
     rank: int
     size: int
 
     def send(self, target: int, payload: bytes) -> None:
-        """Return at once; the payload may be reused. Raises RolloutError, naming the peer, when it cannot be reached."""
+        """Return at once; target is another rank. Raises RolloutError, naming the peer, when one cannot be reached."""
         ...
 
     def receive(self) -> list[Envelope]:
@@ -32,5 +37,35 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """Collective: after it nothing is sent, and what was sent has arrived."""
+        """Collective: after it nothing is sent, and what was sent has arrived: a last `receive` returns it.
+
+        Raises RolloutError that names the ranks which do not come in time.
+        """
         ...
+
+
+def open_transport(world: World, *, timeout_s: float) -> Transport:
+    """MPI under an MPI launcher, gloo otherwise. Collective; the world is connected and has several ranks.
+
+    timeout_s: a message on its way that makes no progress for so long is an error, as is a rank that does not come to open
+    or close.
+    Raises RolloutError that names the ranks which do not come.
+    """
+    assert world.store is not None, "a transport needs a connected world of several ranks"
+    number = world.store.add(f"transport/opened/{world.rank}", 1)
+    arrive(world.store, f"transport/{number}", world.rank)
+    missing = absent(world.store, f"transport/{number}", world.size, timedelta(seconds=timeout_s))
+    if missing:
+        raise RolloutError(f"{peers(world, missing)} did not open the transport within {timeout_s} s of rank {world.rank}")
+    if world.launcher == "mpi":
+        from mas_hpc.distributed.transport_mpi import MPITransport
+
+        return MPITransport(world, timeout_s=timeout_s)
+    from mas_hpc.distributed.transport_gloo import GlooTransport
+
+    return GlooTransport(world, timeout_s=timeout_s)
+
+
+def peers(world: World, ranks: list[int]) -> str:
+    """Ranks with their hosts, for messages."""
+    return ", ".join(f"rank {rank} on {world.hosts[rank]}" for rank in ranks)

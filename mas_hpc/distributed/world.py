@@ -16,6 +16,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from mas_hpc.distributed import mpi
 from mas_hpc.distributed.launchers import TORCHRUN, find_place, number
+from mas_hpc.distributed.meeting import absent, arrive
 from mas_hpc.errors import LaunchError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -43,6 +44,8 @@ class World:
     """Host name of each rank, while connected; ranks of one name share memory."""
     store: Store | None = field(default=None, compare=False, repr=False)
     """Keys and values that all ranks of this attempt share, while connected; None for a world of one."""
+    run_store: Store | None = field(default=None, compare=False, repr=False)
+    """Those of all attempts: a restart finds what was set before it, where the launcher's agent hosts the store."""
 
     @property
     def is_first(self) -> bool:
@@ -88,11 +91,12 @@ def connected(world: World) -> Iterator[World]:
         group_store = PrefixStore("group", attempt)
         dist.init_process_group("gloo", rank=world.rank, world_size=world.size, store=group_store, timeout=COLLECTIVE_TIMEOUT)
         try:
-            yield replace(world, hosts=_gather_hosts(world), store=PrefixStore("mas_hpc", attempt))
+            hosts = _gather_hosts(world)
+            yield replace(world, hosts=hosts, store=PrefixStore("mas_hpc", attempt), run_store=PrefixStore("run", store))
         finally:
             dist.destroy_process_group()
         if not by_agent:
-            _leave(world, PrefixStore("left", attempt))
+            _leave(world, attempt)
     if world.launcher == "mpi":
         mpi.finalize()
 
@@ -120,16 +124,11 @@ def _open_store(world: World) -> tuple[Store, bool]:
         ) from error
 
 
-def _leave(world: World, store: Store) -> None:
+def _leave(world: World, attempt: Store) -> None:
     """Say that this rank needs the store no more; rank 0, which hosts it, waits for the others."""
-    store.set(str(world.rank), "")
-    if world.is_first:
-        names = [str(rank) for rank in range(world.size)]
-        try:
-            store.wait(names, MEETING_TIMEOUT)
-        except dist.DistStoreError as error:
-            missing = [name for name in names if not store.check([name])]
-            raise LaunchError(f"ranks {', '.join(missing)} did not end within {MEETING_TIMEOUT} of rank 0") from error
+    arrive(attempt, "end", world.rank)
+    if world.is_first and (missing := absent(attempt, "end", world.size, MEETING_TIMEOUT)):
+        raise LaunchError(f"ranks {missing} did not end within {MEETING_TIMEOUT} of rank 0, which hosts their store")
 
 
 def _gather_hosts(world: World) -> tuple[str, ...]:
