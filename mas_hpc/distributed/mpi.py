@@ -57,8 +57,9 @@ def local_ranks(ranks: Any) -> tuple[int, int]:
     return found
 
 
-def agree_on_address(ranks: Any, address: str, port: int) -> tuple[str, int]:
+def agree_on_address(address: str, port: int) -> tuple[str, int]:
     """Rank 0's address and port, on every rank. Collective."""
+    ranks = load_mpi().COMM_WORLD
     data = np.zeros(_MAX_ADDRESS_BYTES + 1, dtype=np.int64)
     if ranks.rank == 0:
         encoded = address.encode()

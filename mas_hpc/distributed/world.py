@@ -88,6 +88,7 @@ def connected(world: World) -> Iterator[World]:
     else:
         store, by_agent = _open_store(world)
         attempt = PrefixStore(f"attempt{world.attempt}", store)
+        _arrive(world, attempt)
         group_store = PrefixStore("group", attempt)
         dist.init_process_group("gloo", rank=world.rank, world_size=world.size, store=group_store, timeout=COLLECTIVE_TIMEOUT)
         try:
@@ -103,25 +104,37 @@ def connected(world: World) -> Iterator[World]:
 
 def _open_store(world: World) -> tuple[Store, bool]:
     """The store of all ranks, and whether the launcher's agent hosts it; otherwise rank 0 does."""
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and world.launcher == "torchrun"
-    is_host = world.is_first and not by_agent
-    hosted: TCPStore | None = None
     if world.launcher == "mpi":
-        address, port = os.environ.get("MASTER_ADDR") or mpi.own_address(world.local_size, world.size), 0
-        if is_host:
-            hosted = TCPStore(address, 0, world.size, True, MEETING_TIMEOUT, wait_for_workers=False)
-            port = hosted.port
-        address, port = mpi.agree_on_address(mpi.load_mpi().COMM_WORLD, address, port)
-    else:
-        if "MASTER_ADDR" not in os.environ:
-            raise LaunchError("MASTER_ADDR is not set beside RANK and WORLD_SIZE: start with torchrun, which sets all of them")
-        address, port = os.environ["MASTER_ADDR"], number(os.environ, "MASTER_PORT")
+        return _open_agreed_store(world), False
+    if "MASTER_ADDR" not in os.environ:
+        raise LaunchError("MASTER_ADDR is not set beside RANK and WORLD_SIZE: start with torchrun, which sets all of them")
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], number(os.environ, "MASTER_PORT")
+    return _open_tcp_store(world, address, port, is_host=world.is_first and not by_agent), by_agent
+
+
+def _open_agreed_store(world: World) -> Store:
+    """Rank 0 hosts it, at a free port and under MASTER_ADDR where that is set, and tells the others over MPI."""
+    address = os.environ.get("MASTER_ADDR") or mpi.own_address(world.local_size, world.size)
+    hosted = _open_tcp_store(world, address, 0, is_host=True) if world.is_first else None
+    address, port = mpi.agree_on_address(address, hosted.port if hosted else 0)
+    return hosted or _open_tcp_store(world, address, port, is_host=False)
+
+
+def _open_tcp_store(world: World, address: str, port: int, *, is_host: bool) -> TCPStore:
     try:
-        return hosted or TCPStore(address, port, world.size, is_host, MEETING_TIMEOUT), by_agent
+        return TCPStore(address, port, world.size, is_host, MEETING_TIMEOUT, wait_for_workers=False)
     except dist.DistError as error:
         raise LaunchError(
             f"rank {world.rank} of {world.size} cannot meet the others at {address}:{port} (MASTER_ADDR, MASTER_PORT): {error}"
         ) from error
+
+
+def _arrive(world: World, attempt: Store) -> None:
+    """Wait for all ranks, so that a missing one is named: the process group would only say that it timed out."""
+    arrive(attempt, "start", world.rank)
+    if missing := absent(attempt, "start", world.size, MEETING_TIMEOUT):
+        raise LaunchError(f"of {world.size} ranks, {missing} did not start within {MEETING_TIMEOUT} of rank {world.rank}")
 
 
 def _leave(world: World, attempt: Store) -> None:
