@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,22 @@ from ruamel.yaml import YAML
 from mas_hpc.config import AdapterConfig, RecordConfig, RunConfig
 from mas_hpc.config_file import load_config
 from mas_hpc.config_methods import OnlineConfig
-from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import CheckpointError, ConfigError, DataError, MasHpcError
+from mas_hpc.errors import CheckpointError, ConfigError, DataError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.heads import ScalarHead
 from mas_hpc.models.load import checkpoint_activations, load_model
-from mas_hpc.orchestration.collect import collect
-from mas_hpc.orchestration.episode import Play, Team
-from mas_hpc.orchestration.sampling import Sampling
+from mas_hpc.orchestration.episode import Team
 from mas_hpc.rollout.engine import RolloutEngine
 from mas_hpc.rollout.native.engine import NativeEngine
 from mas_hpc.rollout.router import RoutedEngine
 from mas_hpc.teams import build_team
 from mas_hpc.training.log import MetricsLog
 from mas_hpc.training.network import Network
-from mas_hpc.types import Task, Trace, Turn
+from mas_hpc.types import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +51,8 @@ class Run:
     team: Team
     train_tasks: tuple[Task, ...]
     test_tasks: tuple[Task, ...]
+    resumes: bool = False
+    """Whether the folder may hold what an earlier attempt at this run has finished."""
 
     @property
     def judge(self) -> VerifiableJudge:
@@ -84,17 +83,38 @@ class Run:
         return bar, lambda: bar.advance(task)
 
 
-def build(config: RunConfig, world: World, console: Console) -> Run:
-    """Load tasks and model, make the run folder, write the resolved config. Raises ConfigError, DataError, CheckpointError."""
+def build(config: RunConfig, world: World, console: Console, resume: Path | None = None) -> Run:
+    """Load tasks and model, make the run folder, write the resolved config. Raises ConfigError, DataError, CheckpointError.
+
+    With `resume`, or when a supervisor has restarted the ranks, the folder is that of the earlier attempt: traces that are kept
+    there are not sampled again.
+    """
     check_world(config, world)
+    if resume:
+        check_resumable(config, resume)
 
     def claim() -> Path:
-        folder = claim_folder(config.folder, world)
+        folder = resume or claim_folder(config.folder, world)
         if world.is_first:
             write_config(config, folder)
         return folder
 
-    return _assemble(config, world, console, claim, tasks=True)
+    run = _assemble(config, world, console, claim, tasks=True)
+    return replace(run, resumes=resume is not None or world.attempt > 0)
+
+
+def check_resumable(config: RunConfig, folder: Path) -> None:
+    """Refuse a folder whose traces another configuration has made. Raises DataError, ConfigError."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise DataError(f"{folder}: no config.yaml there; expected the folder of a run that was stopped, such as runs/mas")
+    before, wanted = load_config(file).model_dump(mode="json"), config.model_dump(mode="json")
+    changed = sorted(name for name in wanted if name not in ("name", "runs_dir") and wanted[name] != before[name])
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: not as in {file}, so its traces are not this run's; give the configuration it was started "
+            "with, or start a new run"
+        )
 
 
 def reopen(folder: Path, world: World, console: Console) -> Run:
@@ -183,11 +203,19 @@ def check_world(config: RunConfig, world: World) -> None:
 
 
 def claim_folder(wanted: Path, world: World) -> Path:
-    """A folder of its own for this run: the wanted name, or the first free name-2, name-3, ...; all ranks agree."""
-    chosen = ""
+    """A folder of its own for this run: the wanted name, or the first free name-2, name-3, ...; all ranks agree.
+
+    Ranks that a supervisor has restarted get the folder that they had before.
+    """
+    chosen, key = "", f"folder of {wanted}"
     if world.is_first:
-        candidates = (wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000)))
-        chosen = str(next(folder for folder in candidates if _make(folder)))
+        if world.attempt and world.run_store and world.run_store.check([key]):
+            chosen = world.run_store.get(key).decode()
+        else:
+            candidates = (wanted, *(wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000)))
+            chosen = str(next(folder for folder in candidates if _make(folder)))
+        if world.run_store:
+            world.run_store.set(key, chosen)
     return Path(gather_lines(world, [chosen] if chosen else [])[0])
 
 
@@ -222,54 +250,3 @@ def with_adapters(run: Run) -> Run:
     for policy in policies if settings.path else []:
         bank.load(policy, Path(settings.path) / policy)
     return replace(run, bank=bank, engine=build_engine(run.config, run.model, run.tokenizer, run.other_models, bank))
-
-
-def how_to_play(run: Run, sampling: Sampling, seed: int, team: Team | None = None) -> Play:
-    """Episodes of the run's team, or of a variation of it."""
-    return Play(team=team or run.team, sampling=sampling, judge=run.judge, seed=seed)
-
-
-def play_all(
-    run: Run, tasks: Sequence[Task], how: Play, *, label: str, step: int = 0, keep: bool = True, bar: bool = True,
-    starts: Sequence[Sequence[Turn]] = (),
-) -> list[Trace]:  # fmt: skip
-    """Play `sampling.episodes` of each task, shared out over the ranks; all get all traces, in the order of the tasks.
-
-    With `keep`, each trace goes to this rank's file under traces/ as soon as it ends; without, only if the run is
-    interrupted or fails before the caller has them.
-    """
-    turn = slice(run.world.rank, None, run.world.size)
-    mine = tasks[turn]
-    suffix = f".rank{run.world.rank}" if run.world.size > 1 else ""
-    file = run.folder / "traces" / f"{label}{suffix}.jsonl"
-    held: list[Trace] = []
-    progress, advance = run.progress(label, len(mine) * how.sampling.episodes, shown=bar)
-
-    def on_trace(trace: Trace) -> None:
-        held.append(trace)
-        advance()
-        if keep:
-            trace_store.write(file, [trace])
-
-    live = max(1, run.config.rollout.max_rows // how.sampling.group_size)
-    try:
-        with progress:
-            traces = collect(
-                run.engine, mine, replace(how, step=step, label=label), max_live=live, schedule=run.config.rollout.schedule,
-                on_trace=on_trace, starts=starts[turn],
-            )  # fmt: skip
-            return traces if run.world.size == 1 else _gather(run.world, traces, len(tasks), how.sampling.episodes)
-    except (KeyboardInterrupt, MasHpcError):
-        if not keep:
-            trace_store.write(file, held)
-        raise
-
-
-def _gather(world: World, traces: Sequence[Trace], num_tasks: int, episodes: int) -> list[Trace]:
-    """All ranks' traces in the order of the tasks, which were dealt out in turn."""
-    lines = gather_lines(world, [trace_store.to_json(trace) for trace in traces])
-    gathered = iter(trace_store.from_json(line) for line in lines)
-    ordered: dict[int, list[Trace]] = {}
-    for rank in range(world.size):
-        ordered |= {number: [next(gathered) for _ in range(episodes)] for number in range(rank, num_tasks, world.size)}
-    return [trace for number in range(num_tasks) for trace in ordered[number]]

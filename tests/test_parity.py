@@ -16,7 +16,8 @@ from mas_hpc.data.token_tree import pack
 from mas_hpc.distributed.world import World
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.phases.training import warm_up
-from mas_hpc.run import build, how_to_play, play_all
+from mas_hpc.rollouts import how_to_play, play_all
+from mas_hpc.run import build
 from mas_hpc.training.share import Totals
 from mas_hpc.types import Trace
 

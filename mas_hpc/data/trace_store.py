@@ -67,6 +67,13 @@ def read(path: str | Path, wanted: Container[int] | None = None) -> Iterator[Tra
     return _read(file, wanted)
 
 
+def parts(folder: Path, label: str) -> list[Path]:
+    """The files of one label: of a run of one rank, then of the ranks of a run of several, in their order."""
+    ranks = {int(part.stem.rpartition(".rank")[2]): part for part in folder.glob(f"{label}.rank*.jsonl")}
+    alone = folder / f"{label}.jsonl"
+    return [*([alone] if alone.is_file() else []), *(ranks[rank] for rank in sorted(ranks))]
+
+
 def count(path: str | Path) -> int:
     """Number of whole lines, without parsing them."""
     with Path(path).open("rb") as stream:

@@ -26,7 +26,7 @@ def collect(
     On Ctrl-C, and on an error of ours, the unfinished traces are handed over too (answer and reward None) before it goes on.
     """
     episodes = how.sampling.episodes
-    jobs = jobs or InOrder(len(tasks) * episodes)
+    jobs = jobs or InOrder(range(len(tasks) * episodes))
     live: dict[int, list[Turn]] = {}
     traces: dict[int, Trace] = {}
 

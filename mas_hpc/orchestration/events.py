@@ -33,29 +33,34 @@ class Jobs(Protocol):
 
 
 class InOrder(Jobs):
-    """Jobs 0..count-1, all done here."""
+    """Jobs that are all done here, started in their order."""
 
-    def __init__(self, count: int) -> None:
-        self._count, self._taken, self._finished = count, 0, 0
+    def __init__(self, jobs: Sequence[int]) -> None:
+        self._jobs, self._taken = jobs, 0
+        self._results: dict[int, Any] = {}
 
     def take(self, live: int, room: int) -> list[int]:
         """The next `room` jobs."""
-        first, self._taken = self._taken, min(self._taken + room, self._count)
-        return list(range(first, self._taken))
+        first, self._taken = self._taken, min(self._taken + room, len(self._jobs))
+        return list(self._jobs[first : self._taken])
 
     def finish(self, job: int, result: Any) -> bool:
         """Every result counts."""
-        self._finished += 1
+        self._results[job] = result
         return True
 
     @property
     def exhausted(self) -> bool:
         """Whether all were handed in."""
-        return self._finished == self._count
+        return len(self._results) == len(self._jobs)
+
+    def results(self) -> dict[int, Any]:
+        """What was handed in, by job."""
+        return self._results
 
 
 def drive(
-    engine: RolloutEngine, jobs: Jobs, begin: Callable[[int], Steps[Result]], end: Callable[[int, Result], None], *,
+    engine: RolloutEngine, jobs: Jobs, begin: Callable[[int], Steps[Result]], end: Callable[[int, Result], object], *,
     max_live: int, schedule: Schedule = "events",
 ) -> None:  # fmt: skip
     """Do jobs, at most `max_live` at a time, until all are finished; `begin` gives a job's generator, `end` gets its result.
@@ -82,15 +87,9 @@ def serve_all(
     engine: RolloutEngine, games: Sequence[Steps[Result]], *, max_live: int | None = None, schedule: Schedule = "events"
 ) -> list[Result]:
     """The results of all generators, in order; at most `max_live` are under way at a time."""
-    jobs = InOrder(len(games))
-    results: dict[int, Result] = {}
-
-    def end(number: int, result: Result) -> None:
-        results[number] = result
-        jobs.finish(number, result)
-
-    drive(engine, jobs, games.__getitem__, end, max_live=max_live or len(games), schedule=schedule)
-    return [results[number] for number in range(len(games))]
+    jobs = InOrder(range(len(games)))
+    drive(engine, jobs, games.__getitem__, jobs.finish, max_live=max_live or len(games), schedule=schedule)
+    return [jobs.results()[number] for number in range(len(games))]
 
 
 def run(engine: RolloutEngine, steps: Steps[Result]) -> Result:

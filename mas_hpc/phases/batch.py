@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mas_hpc.config_methods import ATGRPOConfig, OnlineMethod
 from mas_hpc.credit_assignment.at_grpo import group_metrics
+from mas_hpc.phases.accounting import Account
 from mas_hpc.phases.reward import StepRewards
 from mas_hpc.types import Trace, Turn
 
@@ -33,6 +34,8 @@ class Batch:
     """Metrics of credit by replays, where the method asks for it."""
     tokens: float = 0.0
     """Sampled for it, episodes that dynamic sampling put aside included."""
+    account: Account | None = None
+    """What sampling it cost, on rank 0 over all ranks; of the episodes that were put aside too."""
 
     def only(self, tasks: set[str]) -> Batch:
         """The episodes of these questions."""
@@ -48,11 +51,12 @@ class Batch:
         have = {trace.task.id for trace in self.traces}
         new = list(dict.fromkeys(trace.task.id for trace in more.traces if trace.task.id not in have))
         extra = more.only(set(new[: num_tasks - len(have)]))
+        account = self.account.then(more.account) if self.account and more.account else self.account
         costs = {name: value + self.credit.get(name, 0.0) for name, value in more.credit.items() if name in SUMS}
         return replace(
             self, traces=self.traces + extra.traces, outcomes=self.outcomes + extra.outcomes,
             steps={**self.steps, **extra.steps}, tokens=self.tokens + more.tokens,
-            credit={**self.credit, **costs},
+            credit={**self.credit, **costs}, account=account,
         )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ from mas_hpc.phases.reward import load_reward_model
 from mas_hpc.rollout.engine import BASE_POLICY
 from mas_hpc.rollout.native.engine import NativeEngine
 from mas_hpc.rollout.router import RoutedEngine
-from mas_hpc.run import Run, how_to_play, load_other, policy_version
+from mas_hpc.rollouts import how_to_play
+from mas_hpc.run import Run, load_other, policy_version
 from mas_hpc.training.reference import weights_digest
 from mas_hpc.types import Trace
 
@@ -155,7 +156,8 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
 def select(run: Run, options: CreditOptions) -> Selection:
     """The traces of the file that can get credit. Raises DataError for an absent file, or one of other weights' traces."""
     file = _trace_file(run.folder, options.traces)
-    traces = [trace for part in _parts(file) for trace in trace_store.read(part)][: options.limit or None]
+    parts = trace_store.parts(file.parent, file.stem)
+    traces = [trace for part in parts for trace in trace_store.read(part)][: options.limit or None]
     left_out: Counter[str] = Counter()
     chosen = []
     for trace in traces:
@@ -196,12 +198,6 @@ def _trace_file(folder: Path, name: str) -> Path:
     if chosen is None:
         raise DataError(f"{folder}: no traces of a rollout or evaluation; expected --traces to name one of {stems}")
     return folder / "traces" / f"{chosen}.jsonl"
-
-
-def _parts(file: Path) -> list[Path]:
-    """The file, or those of all ranks of a run of several, in their order."""
-    ranks = {int(part.stem.rpartition(".rank")[2]): part for part in file.parent.glob(f"{file.stem}.rank*.jsonl")}
-    return [ranks[rank] for rank in sorted(ranks)] or [file]
 
 
 def _sampling(run: Run, file: Path) -> Sampling:

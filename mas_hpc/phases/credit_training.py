@@ -17,7 +17,8 @@ from mas_hpc.orchestration.episode import Play, Steps
 from mas_hpc.orchestration.replay import continued
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
 from mas_hpc.phases.replays import Game, play_games
-from mas_hpc.run import Run, how_to_play
+from mas_hpc.rollouts import how_to_play
+from mas_hpc.run import Run
 from mas_hpc.types import Trace, Turn
 
 Metrics = dict[str, float]

@@ -16,8 +16,10 @@ from mas_hpc.orchestration.demonstrate import plant
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
 from mas_hpc.orchestration.topology import Debate, Judged, Pipeline, Single
+from mas_hpc.phases.accounting import print_account
 from mas_hpc.phases.examples import build_demonstrator, training_tasks
-from mas_hpc.run import Run, how_to_play, play_all
+from mas_hpc.rollouts import how_to_play, play_all, play_counted
+from mas_hpc.run import Run
 from mas_hpc.types import Task, Trace
 
 MAX_SAMPLES = 64
@@ -32,7 +34,8 @@ def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
     for temperature in settings.temperatures:
         sampling = Sampling(temperature=temperature, top_p=run.config.rollout.top_p, top_k=run.config.rollout.top_k)
         label = f"{phase or 'evaluate'}-T{temperature:g}"
-        traces = play_all(run, tasks, how_to_play(run, sampling, settings.seed), label=label)
+        played = play_counted(run, tasks, how_to_play(run, sampling, settings.seed), label=label)
+        traces = played.traces
         balance = planted_verdicts(run, tasks, sampling)
         team = replace(
             benchmark.team_row(traces, phase=phase, temperature=temperature, verdicts=balance),
@@ -46,6 +49,7 @@ def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
         rows.append(team)
         if not phase and run.world.is_first:
             print_team(run.console, team.team)
+            print_account(run.console, played.account)
         if len(run.team.agents) > 1:
             rows.append(benchmark.first_speaker_row(traces, phase=phase, temperature=temperature))
         if settings.controls and temperature > 0:
@@ -172,7 +176,8 @@ def rollout(run: Run) -> list[Trace]:
     settings = run.config.rollout
     sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
     tasks = (run.test_tasks if settings.split == "test" else training_tasks(run))[: settings.num_tasks]
-    traces = play_all(run, tasks, how_to_play(run, sampling, run.config.seed), label="rollout")
+    played = play_counted(run, tasks, how_to_play(run, sampling, run.config.seed), label="rollout")
+    traces = played.traces
     right = sum(trace.reward or 0.0 for trace in traces)
     failed = sum(turn.finish == "error" for trace in traces for turn in trace.turns)
     run.console.print(
@@ -180,4 +185,5 @@ def rollout(run: Run) -> list[Trace]:
     )
     if run.world.is_first:
         print_team(run.console, summary(traces, run.team.roles))
+        print_account(run.console, played.account)
     return traces

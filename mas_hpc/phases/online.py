@@ -31,7 +31,8 @@ from mas_hpc.phases.credit_training import with_credit_weights, with_sibling_cre
 from mas_hpc.phases.examples import training_tasks
 from mas_hpc.phases.monitor import Monitor
 from mas_hpc.phases.reward import load_reward_model, read_card, rewarded
-from mas_hpc.run import Run, how_to_play, play_all
+from mas_hpc.rollouts import how_to_play, play_all, play_counted
+from mas_hpc.run import Run
 from mas_hpc.training.learner import Learner
 from mas_hpc.training.losses.kl import kl_estimate
 from mas_hpc.training.methods import policy_objective
@@ -114,6 +115,8 @@ class Trainer:
 
     def __init__(self, run: Run, method: OnlineMethod) -> None:
         self.run, self.method, strategy = run, method, DataParallel(run.world)
+        if run.resumes and run.world.is_first:  # training starts over, and so does its record
+            (run.folder / "traces" / "train.jsonl").unlink(missing_ok=True)
         critic = method.critic if isinstance(method, PPOConfig) else None
         head = ScalarHead(run.model.config.hidden_size, seed=run.config.seed) if critic else None
         self.reward_model = load_reward_model(run, method.reward_model) if method.reward_model else None
@@ -156,15 +159,17 @@ class Trainer:
         names = (step, number) if number else (step,)
         tasks = Random(derive_seed(run.config.seed, "tasks", *names)).sample(training_tasks(run), k=num_tasks)
         how = how_to_play(run, _sampling(run, method), derive_seed(run.config.seed, "train", *names))
-        traces = play_all(run, tasks, how, label="train", step=step, keep=False, bar=False)
-        traces, steps = rewarded(run, traces, method, self.reward_model)
+        played = play_counted(run, tasks, how, label="train", step=step, keep=False, bar=False)
+        traces, steps = rewarded(run, played.traces, method, self.reward_model)
         outcomes = [_outcome(run, trace) for trace in traces]
         costs: Mapping[str, float] = {}
         if _replays(method, "sibling"):
             assert isinstance(method, GroupConfig)
             traces, costs = with_sibling_credit(run, traces, method, step)
         tokens = sampled_tokens(traces) + costs.get("credit/tokens", 0.0)
-        return Batch(step=step, traces=traces, outcomes=outcomes, steps=steps, credit=costs, tokens=tokens)
+        return Batch(
+            step=step, traces=traces, outcomes=outcomes, steps=steps, credit=costs, tokens=tokens, account=played.account
+        )  # fmt: skip
 
     # ---- credit
 
@@ -174,6 +179,7 @@ class Trainer:
         samples = [sample for sample in to_samples(credited) if sample.policy not in self.run.other_models]
         metrics = {**batch_metrics(batch, self.method), **batch.credit, **weighing}
         metrics["tokens/sampled"] = batch.tokens + weighing.get("credit/tokens", 0.0)
+        metrics |= batch.account.metrics() if batch.account else {}
         self._say_what_centring_erased(batch.step, metrics)
         samples, kl = self._with_reference(samples)
         if isinstance(self.method, PPOConfig) or _by_token(self.method):

@@ -91,11 +91,8 @@ class OfTwoRanks(InOrder):
     """Jobs of which another rank does the odd ones, and is sooner with job `lost`; it is done after `idle` looks."""
 
     def __init__(self, count: int, *, lost: int | None = None, idle: int = 0) -> None:
-        super().__init__((count + 1) // 2)
+        super().__init__(range(0, count, 2))
         self._lost, self._idle = lost, idle
-
-    def take(self, live: int, room: int) -> list[int]:
-        return [2 * job for job in super().take(live, room)]
 
     def finish(self, job: int, result) -> bool:
         super().finish(job, result)
@@ -146,7 +143,7 @@ def test_what_others_have_finished_meanwhile_is_dropped(pipeline: Team, tasks, t
 
     held = [True]
     engine = ScriptedEngine(chance, tokenizer, order=lambda waiting: [] if held[0] else waiting)
-    assert collect(engine, tasks, play_of(pipeline), max_live=2, jobs=TakenOver(4)) == []
+    assert collect(engine, tasks, play_of(pipeline), max_live=2, jobs=TakenOver(range(4))) == []
     held[0] = False
     assert len(engine.requests) == 2 and engine.poll() == []
 

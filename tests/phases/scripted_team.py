@@ -13,7 +13,8 @@ from mas_hpc.data.tasks import load_tasks
 from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import ScriptedEngine
-from mas_hpc.run import Run, how_to_play, play_all
+from mas_hpc.rollouts import how_to_play, play_all
+from mas_hpc.run import Run
 from mas_hpc.types import Trace
 from tests.phases.conftest import opened
 

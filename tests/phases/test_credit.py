@@ -33,7 +33,7 @@ from mas_hpc.phases.credit_results import print_credit
 from mas_hpc.phases.replays import Game
 from mas_hpc.rollout.engine import Completion, Request
 from mas_hpc.rollout.scripted import ScriptedEngine
-from mas_hpc.run import how_to_play
+from mas_hpc.rollouts import how_to_play
 from tests.phases.conftest import NUM_TASKS, ROOT, opened
 from tests.phases.scripted_team import CORRUPTED, HONEST, VARYING, Scripted, always, lines_of, often, record, spoken_for
 
