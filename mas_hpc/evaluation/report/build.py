@@ -15,6 +15,7 @@ from markupsafe import Markup
 from mas_hpc.errors import DataError
 from mas_hpc.evaluation.report import headline, plots
 from mas_hpc.evaluation.report.run_folder import CreditSummary, RunFolder, TraceFile, read_run
+from mas_hpc.evaluation.report.sampling import is_cost_alone, sampled
 from mas_hpc.types import Trace, Turn
 
 TRACES_PER_FILE = 40
@@ -54,6 +55,8 @@ def render(run: RunFolder) -> str:
         rows=headline.compare(run.results.rows),
         sentences=headline.sentences(run.results) or headline.held_out(run.metrics),
         charts=charts,
+        sampled=sampled(run.metrics),
+        phase_title=lambda phase: PHASES.get(phase, phase),
         credit=[_credit(summary) for summary in run.credit],
         shown=[(file.name, len(shown[file.name]), file.total) for file in run.trace_files],
         data=_json_for_script(data),
@@ -87,7 +90,8 @@ def _credit(summary: CreditSummary) -> tuple[str, CreditSummary, list[tuple[str,
 
 def _charts(run: RunFolder) -> list[tuple[str, tuple[plots.Panel, ...]]]:
     phases = dict.fromkeys([*PHASES, *(line.phase for line in run.metrics)])
-    groups = ((phase, plots.panels([line for line in run.metrics if line.phase == phase])) for phase in phases)
+    lines = [line for line in run.metrics if not is_cost_alone(line)]
+    groups = ((phase, plots.panels([line for line in lines if line.phase == phase])) for phase in phases)
     return [(PHASES.get(phase, phase), group) for phase, group in groups if group]
 
 

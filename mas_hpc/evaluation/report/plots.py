@@ -32,10 +32,29 @@ TITLES = {
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
     "tokens": "Tokens",
+    "latency": "Mean latency of a request (s)",
+    "latency_p95": "95th percentile of the latency (s)",
+    "sampled_tokens": "Tokens of rollout",
+    "batch": "Rollout batch",
+    "speed": "Decoded tokens a second",
     "seconds": "Seconds",
 }
 """In the order of the page; other metrics follow under their own names."""
-SHARES = ("accuracy", "balanced_accuracy", "degenerate")
+SHARES = ("accuracy", "balanced_accuracy", "degenerate", "batch")
+OF_ROLLOUT = {
+    "prefilled_tokens": "sampled_tokens",
+    "shared_tokens": "sampled_tokens",
+    "decoded_tokens": "sampled_tokens",
+    "evicted_tokens": "sampled_tokens",
+    "occupancy": "batch",
+    "padding_fraction": "batch",
+    "idle_fraction": "batch",
+    "busy_fraction": "batch",
+    "tokens_per_s": "speed",
+}
+"""Charts of metrics rollout/<name>, which have several units; others are left to the table."""
+PARTS = ("seconds", "sampled_tokens", "batch", "speed")
+"""Charts whose lines are parts of something, not agents: they have colours of their own."""
 Points = tuple[tuple[int, float], ...]
 Scale = Callable[[float], float]
 
@@ -73,16 +92,19 @@ def panels(lines: Sequence[MetricLine]) -> tuple[Panel, ...]:
     for line in lines:
         for key, value in line.values.items():
             kind, _, name = key.partition("/")
+            if kind == "rollout":
+                if name not in OF_ROLLOUT:
+                    continue
+                kind = OF_ROLLOUT[name]
             points.setdefault(kind, {}).setdefault(name, []).append((line.step, value))
     kinds = [kind for kind in TITLES if kind in points] + sorted(set(points) - set(TITLES))
-    agents = list(dict.fromkeys(name for kind in kinds if kind != "seconds" for name in points[kind] if name))
-    parts = list(points.get("seconds", {}))
+    agents = list(dict.fromkeys(name for kind in kinds if kind not in PARTS for name in points[kind] if name))
     return tuple(
         Panel(
             title=TITLES.get(kind, kind),
             share=kind in SHARES,
             series=tuple(
-                Series(name=name, colour=_index(parts if kind == "seconds" else agents, name), points=tuple(values))
+                Series(name=name, colour=_index(list(points[kind]) if kind in PARTS else agents, name), points=tuple(values))
                 for name, values in points[kind].items()
             ),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,7 +148,7 @@ def read_run(folder: Path, traces_per_file: int) -> RunFolder:
         name=folder.resolve().name,
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
         results=_read(Results, results, "an evaluation") if results.is_file() else Results(),
-        metrics=tuple(_metrics(metrics)) if metrics.is_file() else (),
+        metrics=_last_of_each_step(_metrics(metrics)) if metrics.is_file() else (),
         trace_files=tuple(_spread(store, traces_per_file) for store in stores),
         credit=tuple(_read(CreditSummary, file, "mas-hpc credit") for file in sorted(folder.glob("credit/*/summary.json"))),
     )
@@ -177,6 +177,11 @@ def _metrics(file: Path) -> Iterator[MetricLine]:
                 f"{file}:{number}: {error!r}; expected an object with phase, step and numbers: remove the line"
             ) from None
         yield MetricLine(phase=phase, step=step, values=values)
+
+
+def _last_of_each_step(lines: Iterable[MetricLine]) -> tuple[MetricLine, ...]:
+    """A run that was restarted takes steps again."""
+    return tuple({(line.phase, line.step): line for line in lines}.values())
 
 
 def _spread(file: Path, limit: int) -> TraceFile:
