@@ -38,6 +38,8 @@ class Frame:
     """How often the sender has loaded weights."""
     load: int
     """Requests that the sender's own engine has outstanding, without those of the receiver."""
+    finished: int = 0
+    """How often the sender has come to the end of its own work."""
     cancels: bool = False
     """The receiver forgets every earlier request of the sender."""
     requests: tuple[tuple[int, Request], ...] = ()
@@ -70,6 +72,7 @@ class _Answer:
 class _Header:
     epoch: _Count
     load: _Count
+    finished: _Count
     cancels: bool
     policies: tuple[str, ...] = ()
     sampling: tuple[SamplingParams, ...] = ()
@@ -90,7 +93,8 @@ def encode(frame: Frame) -> bytes:
     policies = _places(request.policy for request in requests)
     sampling = _places(request.sampling for request in requests)
     header = _Header(
-        epoch=frame.epoch, load=frame.load, cancels=frame.cancels, policies=tuple(policies), sampling=tuple(sampling),
+        epoch=frame.epoch, load=frame.load, finished=frame.finished, cancels=frame.cancels,
+        policies=tuple(policies), sampling=tuple(sampling),
         prompts=tuple(entry for entry, _ in prompts.values()),
         requests=tuple(
             (number, prompts[request.prompt_ids, request.prompt_spans][1], policies[request.policy],
@@ -124,7 +128,7 @@ def decode(payload: bytes, source: int) -> Frame:
         tokens = np.frombuffer(body, _TOKEN, num_prompt + num_answer).tolist()
         logprobs = np.frombuffer(body, _LOGPROB, num_answer, (num_prompt + num_answer) * _TOKEN.itemsize).tolist()
         return Frame(
-            epoch=header.epoch, load=header.load, cancels=header.cancels,
+            epoch=header.epoch, load=header.load, finished=header.finished, cancels=header.cancels,
             requests=tuple(_requests(header, tokens[:num_prompt])),
             completions=tuple(_completions(header.answers, tokens[num_prompt:], logprobs)),
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Small random models and a character tokenizer. Initialised wide, so that predictions are not all alike."""
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from transformers import (
 from mas_hpc.config import AdapterConfig, RolloutConfig, RunConfig
 from mas_hpc.config_methods import SFTConfig
 from mas_hpc.models.adapters import AdapterBank
+from mas_hpc.rollout.scripted import ScriptedEngine
 from mas_hpc.rollout.vllm import VLLMEngine, save_for_vllm, vllm_engine
+
+from .memory_transport import name_of
 
 ALPHABET = "0123456789abcdefghijklmnopqrstu"
 SIZES = {"vocab_size": 32, "initializer_range": 0.3}
@@ -37,6 +41,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<eos>"))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@pytest.fixture
+def scripted(tokenizer) -> Callable[[int], ScriptedEngine]:
+    """Make the local engine of a rank: it answers with a letter of its own and the length of the policy's name."""
+    return lambda rank: ScriptedEngine(name_of(rank), tokenizer)
 
 
 def build(kind: str) -> PreTrainedModel:

@@ -6,9 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from mas_hpc.distributed.transport import Envelope
-from mas_hpc.rollout.engine import Completion, Request, RolloutEngine
+from mas_hpc.rollout.engine import Completion, Request, RolloutEngine, SamplingParams
+from mas_hpc.rollout.frames import decode
 from mas_hpc.rollout.placement import Placement
-from mas_hpc.rollout.router import ShardedEngine
+from mas_hpc.rollout.sharded import ShardedEngine
+
+TWO = Placement(mode="sharded", owners={"alpha": (0,), "beta": (1,)})
+THREE = Placement(mode="sharded", owners={"alpha": (0,), "beta": (1, 2)})
 
 
 class Mail:
@@ -19,6 +23,7 @@ class Mail:
         self.sent: list[tuple[int, int, bytes]] = []
         """(source, target, payload) of every message."""
         self.now = 0.0
+        self.sleep: Callable[[float], None] = lambda pause_s: None
         self.repeats = 1
         """How often each message arrives."""
 
@@ -48,7 +53,8 @@ def shard(
     mail = Mail()
     engines = [
         ShardedEngine(
-            local(rank), placement, MemoryTransport(mail, rank, size), stall_s=stall_s, clock=lambda: mail.now
+            local(rank), placement, MemoryTransport(mail, rank, size), stall_s=stall_s, clock=lambda: mail.now,
+            sleep=lambda pause_s: mail.sleep(pause_s),
         )
         for rank in range(size)
     ]  # fmt: skip
@@ -69,3 +75,21 @@ def serve(engines: Sequence[RolloutEngine], asked: Mapping[int, Sequence[Request
                 assert number not in served[rank], "answered twice"
                 served[rank][number] = completion
     return {rank: [served[rank][number] for number in numbers[rank]] for rank in asked}
+
+
+def ask(policy: str, seed: int = 0, prompt: Sequence[int] = (3, 14, 15)) -> Request:
+    sampling = SamplingParams(max_new_tokens=3 + seed % 7, stop_ids=(0,))
+    spans = (("", len(prompt)),)
+    return Request(prompt_ids=tuple(prompt), prompt_spans=spans, policy=policy, seed=seed, sampling=sampling)
+
+
+def name_of(rank: int) -> Callable[[Request], str]:
+    """A behaviour that says where it ran, and for which policy."""
+    return lambda request: f"{'mabcd'[rank]}{len(request.policy)}"
+
+
+def sent_to(mail: Mail) -> dict[int, list[Request]]:
+    found: dict[int, list[Request]] = {}
+    for source, target, payload in mail.sent:
+        found.setdefault(target, []).extend(request for _, request in decode(payload, source).requests)
+    return found

@@ -19,7 +19,8 @@ from mas_hpc.orchestration.events import drive
 from mas_hpc.rollout.engine import Completion, Request, RolloutEngine, SamplingParams
 from mas_hpc.rollout.native.engine import NativeEngine
 from mas_hpc.rollout.placement import ServedModel, place
-from mas_hpc.rollout.router import RoutedEngine, ShardedEngine
+from mas_hpc.rollout.router import RoutedEngine
+from mas_hpc.rollout.sharded import ShardedEngine
 
 MODELS = tuple(ServedModel(name=name, policies=(name,), num_parameters=1, turns=1) for name in ("alpha", "beta"))
 JOBS = 12
