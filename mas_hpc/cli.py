@@ -114,6 +114,31 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def launch(
+    ranks: Annotated[int, typer.Option("-n", min=2, help="ranks to start", show_default=False)],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    local: Annotated[bool, typer.Option("--local", help="on this host")] = False,
+    job: Annotated[Literal["pipeline", "rollout", "train", "evaluate"], typer.Option(help="what the ranks do")] = "rollout",
+    max_restarts: Annotated[int, typer.Option(min=0, help="of all ranks; rollout and evaluate only")] = 3,
+) -> None:
+    """Start ranks on this host and watch over them: the work of one that dies goes to the others.
+
+    Example: mas-hpc launch --local -n 2 --job rollout configs/mas.yaml rollout.stall_s=60
+    """
+    from mas_hpc.errors import LaunchError
+
+    if not local:
+        raise LaunchError("launch starts ranks on this host alone: add --local; on several: mpiexec ... mas-hpc <command> ...")
+    _load(config, overrides)  # a mistake is said once, not by every rank
+    from mas_hpc.distributed import supervisor
+
+    command = (sys.executable, "-m", "mas_hpc", job, str(config), *(overrides or ()))
+    plan = supervisor.Launch(job=job, command=command, ranks=ranks, max_restarts=max_restarts)
+    raise typer.Exit(supervisor.launch(plan))
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Run folder, such as runs/quickstart", show_default=False)],
 ) -> None:

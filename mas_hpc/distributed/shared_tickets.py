@@ -29,7 +29,7 @@ SUPPLY = 0.75
 """Part of its fair share of the work left that a rank has under way. All of it would leave nothing to even out, since lengths
 differ; much less would make batches small, and a decoding step costs nearly the same for a small batch as for a large one."""
 BEAT_S = 1.0
-"""Least time between two signs of life, and between two looks at what others have finished while busy."""
+"""Least time between two signs of life, and between two looks at what others have finished while busy; at most stall_s / 8."""
 IDLE_S = 0.02
 """Least time between two looks at what others have finished when there is nothing else to do."""
 WATCH_S = 5.0
@@ -129,6 +129,19 @@ def supply(live: int, unassigned: int, size: int) -> int:
     return max(0, math.ceil(SUPPLY * (unassigned / size + live)) - live)
 
 
+class Silence:
+    """For how long ranks have given no sign of life, on the observer's own clock."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, float]] = {}
+
+    def of(self, rank: int, beat: int, now: float) -> float:
+        """Seconds since this beat of the rank was first seen here."""
+        last, since = self._seen.get(rank, (beat, now))
+        self._seen[rank] = (beat, since if last == beat else now)
+        return now - self._seen[rank][1]
+
+
 class SharedTickets:
     """Tickets of one rank of several. `clock` is any that runs evenly; the ranks' clocks need not agree."""
 
@@ -137,13 +150,14 @@ class SharedTickets:
         self._store = phase.store
         self._keys = f"{phase.number}/"
         self._stall_s = stall_s
+        self._beat_s = min(BEAT_S, stall_s / 8)
         self._clock = clock
         self._held: set[int] = set()
         self._num_handed_out = 0  # at least
         self._frontier = 0  # all jobs below it are finished
         self._beat = 0
         self._others = [(phase.rank + step) % phase.size for step in range(1, phase.size)]
-        self._seen: dict[int, tuple[int, float]] = {}  # rank: its beat, and since when on this rank's clock
+        self._silence = Silence()
         now = clock()
         self._next_beat = self._next_look = self._next_watch = now
         self._stuck_since: float | None = None  # everything is handed out, and the frontier has not moved
@@ -179,7 +193,7 @@ class SharedTickets:
             self._beat_when_due()
             now = self._clock()
             if self._num_handed_out >= self._phase.count and now >= self._next_look:
-                self._next_look = now + (BEAT_S if self._held else IDLE_S)
+                self._next_look = now + (self._beat_s if self._held else IDLE_S)
                 self._advance(now)
         return self._frontier == self._phase.count
 
@@ -216,7 +230,7 @@ class SharedTickets:
         now = self._clock()
         if now < self._next_beat:
             return
-        self._next_beat = now + BEAT_S
+        self._next_beat = now + self._beat_s
         self._write_record()
         if self._num_handed_out < self._phase.count:
             self._num_handed_out = self._store.add(f"{self._keys}next", 0)
@@ -251,8 +265,9 @@ class SharedTickets:
         gone = _gone(self._store)
         for rank, text in self._records(watched):
             record = Record.from_json(text)
-            if record.phase == self._phase.number and record.jobs and self._is_lost(rank, record, gone, now):
-                jobs = self._take_lease(rank, text, room)
+            if record.phase == self._phase.number and record.jobs:
+                is_lost = self._silence.of(rank, record.beat, now) >= self._stall_s or rank in gone
+                jobs = self._take_lease(rank, text, room) if is_lost else []
                 if jobs:
                     return jobs
         if self._stuck_since is None or now - self._stuck_since < self._stall_s:
@@ -269,13 +284,6 @@ class SharedTickets:
             keys = [f"beat/{rank}" for rank in ranks]
         found = self._store.multi_get(keys) if keys else []
         return [(rank, data.decode()) for rank, data in zip(ranks, found, strict=True)]
-
-    def _is_lost(self, rank: int, record: Record, gone: set[int], now: float) -> bool:
-        beat, since = self._seen.get(rank, (0, now))
-        if beat != record.beat:
-            since = now
-        self._seen[rank] = (record.beat, since)
-        return rank in gone or now - since >= self._stall_s
 
     def _take_lease(self, rank: int, text: str, room: int) -> list[int]:
         """Unfinished jobs of a lost rank; none if another rank was faster or the rank has come back."""
