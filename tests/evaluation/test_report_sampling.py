@@ -33,11 +33,8 @@ def write(folder: Path, *lines: MetricLine) -> Path:
 
 
 def test_steps_add_up_but_for_shares_peaks_and_latencies() -> None:
-    first, second = (
-        line("train", 0),
-        line("train", 1, prompt_tokens=6000, shared_tokens=1000, decoded_tokens=500, occupancy=1.0),
-    )
-    second.values["rollout/peak_kv_bytes"] = 1 << 20
+    first = line("train", 0)
+    second = line("train", 1, prompt_tokens=6000, shared_tokens=1000, decoded_tokens=500, occupancy=1.0, peak_kv_bytes=1 << 20)
     second.values["latency_p95/solver"] = 0.75
     rows = sampled([line("rollout", 0), first, MetricLine(phase="train", step=2, values={"loss": 1.0}), second])
     assert [row.phase for row in rows] == ["rollout", "train"]
@@ -57,7 +54,7 @@ def test_shares_of_nothing_are_left_empty(tmp_path: Path) -> None:
 def test_the_table_shows_each_phase_and_a_phase_of_costs_alone_has_no_charts(tmp_path: Path) -> None:
     html = build_report(write(tmp_path, line("rollout", 0), line("train", 0))).read_text(encoding="utf-8")
     page = Page(html)
-    text = " ".join("".join(page.text).split())
+    text = " ".join(" ".join(page.text).split())
     for shown in ("rollout 8 4,000 75.0% 7 1,500 750 50.0% 12.5% 3.0 MiB", "solver 0.50 (2.25 s)"):
         assert shown in text
     assert not [tag for tag, _ in page.tags if tag in ("img", "figure")]
