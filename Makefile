@@ -4,17 +4,23 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SMOLLM2 := $(VENV)/share/smollm2
+VLLM   := .venv-vllm
+VLLM_READY := $(VLLM)/.ready
 
 export OMP_NUM_THREADS = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-vllm lint clean
 
 demo: $(READY)
 	$(BIN)/mas-hpc pipeline configs/quickstart.yaml
 
 test: $(READY)
 	$(BIN)/pytest
+
+# vLLM's CPU build needs an older transformers than ours, so it lives in an environment of its own.
+test-vllm: $(VLLM_READY)
+	VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/pytest -rs tests/rollout/test_contract.py tests/rollout/test_vllm.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -28,5 +34,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip==25.3
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(VLLM) runs build *.egg-info

@@ -3,12 +3,13 @@
 A job comes as JSON on stdin, the result goes as JSON to stdout (vLLM's own log to stderr). Float32, one thread, the engine
 in this process, so that `time.process_time` sees all of it. Completions have a forced length.
 
-    {"model": "folder", "adapters": {"solver": "folder"}, "max_rows": 64, "prefix_caching": true, "eager": true,
+    {"model": "folder", "adapters": {"solver": "folder"}, "max_rows": 64, "prefix_caching": true, "eager": false,
      "cases": [{"name": "groups", "prompts": [[1, 5], [1, 5]], "new_tokens": [40, 12], "adapters": ["solver", null]}],
      "decode": {"batches": [1, 8, 32], "context": 300, "steps": 32}, "prefill": {"prompts": 8, "length": 300}}
 
-Every key but `model` may be left out. `new_tokens` has one number a prompt; `adapters` of a case, one name or null a prompt.
-A case that is named twice is measured twice: the second time its prompts may be cached, unless "fresh" is true.
+Every key but `model` may be left out; vLLM's CPU build compiles no model with adapters, so these make it eager.
+`new_tokens` has one number a prompt; `adapters` of a case, one name or null a prompt. Prefixes are forgotten before a case,
+unless its "fresh" is false.
 Run: .venv-vllm/bin/python benchmarks/vllm_peer.py < job.json
 """
 
@@ -44,7 +45,7 @@ class Peer:
         adapters = job.get("adapters") or {}
         lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": job.get("max_rank", 16)} if adapters else {}
         arguments = EngineArgs(
-            model=job["model"], dtype="float32", seed=0, enforce_eager=job.get("eager", True), max_model_len=2048,
+            model=job["model"], dtype="float32", seed=0, enforce_eager=job.get("eager", bool(adapters)),
             max_num_seqs=job.get("max_rows", 64), enable_prefix_caching=job.get("prefix_caching", True),
             kv_cache_memory_bytes=KV_BYTES, logprobs_mode="processed_logprobs", disable_log_stats=True, **lora,
         )  # fmt: skip

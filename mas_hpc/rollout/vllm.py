@@ -5,6 +5,7 @@ vLLM serves a copy of the model that was saved to a folder, and changes only by 
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import math
@@ -21,17 +22,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mas_hpc.checksum import Checksum
 from mas_hpc.config import RunConfig
 from mas_hpc.errors import CheckpointError, ConfigError
-from mas_hpc.models.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterBank
+from mas_hpc.models.adapters import CONFIG_FILE, WEIGHTS_FILE
 from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request, RolloutEngine, RolloutStats, Weights
 from mas_hpc.rollout.refusals import unknown_policy, unservable
+from mas_hpc.rollout.saved_model import Shapes, check_dtype, check_shape, shapes_in
 
 STEPS_PER_POLL = 16
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -49,7 +50,7 @@ def vllm_engine(
 ) -> VLLMEngine:
     """Start vLLM on a saved model; `policies` maps each to its PEFT adapter's folder, and is empty without adapters.
 
-    Both are what `save_for_vllm` wrote and may be removed afterwards.
+    Both are what `save_for_serving` wrote and may be removed afterwards.
     Raises ConfigError without vLLM, and for what it cannot serve: speaker scope, float64, temperatures between 0 and
     COLDEST, and whatever vLLM itself refuses, such as the head size of the default tiny model on a CPU.
     """
@@ -61,29 +62,10 @@ def vllm_engine(
         )
     with _random_state_kept():
         engine = _start(config, model_folder, policies)
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: Shapes = {}
     for file in sorted(model_folder.glob("*.safetensors")):
-        shapes |= _shapes(file)
+        shapes |= shapes_in(file)
     return VLLMEngine(engine, tokenizer, policies=policies, parameters=shapes)
-
-
-def save_for_vllm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bank: AdapterBank | None, folder: Path
-) -> tuple[Path, dict[str, Path]]:
-    """Write the model without its adapters, the tokenizer, and each adapter; return the folders that `vllm_engine` takes.
-
-    Raises CheckpointError when an adapter cannot be written.
-    Example: model_folder, policies = save_for_vllm(model, tokenizer, bank, folder)
-    """
-    base = folder / "model"
-    weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    model.save_pretrained(base, state_dict=weights)
-    tokenizer.save_pretrained(base)
-    policies = {policy: folder / "adapters" / policy for policy in (bank.policies if bank else ())}
-    for policy, place in policies.items():
-        assert bank is not None
-        bank.export(policy, place, base_model=str(base))
-    return base, policies
 
 
 def check(config: RunConfig) -> None:
@@ -132,6 +114,10 @@ def _start(config: RunConfig, model_folder: Path, policies: Mapping[str, Path]) 
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(f"rollout.engine=vllm: vLLM cannot serve {model_folder} ({reason})") from error
     logging.getLogger("vllm").setLevel(logging.ERROR)  # after vLLM has set up its own
+    # At the engine's end it would destroy the default process group, which may be the trainer's; what it has frozen would
+    # never be collected. Without either, the engine is freed like any object.
+    engine.engine_core._finalizer.detach()
+    gc.unfreeze()
     return engine
 
 
@@ -153,7 +139,7 @@ class VLLMEngine(RolloutEngine):
 
     def __init__(
         self, engine: Any, tokenizer: PreTrainedTokenizerBase, *, policies: Mapping[str, Path],
-        parameters: Mapping[str, tuple[int, ...]],
+        parameters: Shapes,
     ) -> None:  # fmt: skip
         assert engine.model_config.logprobs_mode == LOGPROBS, "the importance ratio would compare other distributions"
         self._engine, self._tokenizer = engine, tokenizer
@@ -165,6 +151,7 @@ class VLLMEngine(RolloutEngine):
         self._pending: dict[int, _Pending] = {}
         self._refused: list[tuple[int, Completion]] = []
         self._version = 0
+        self._diverged = False
         self._stats = RolloutStats()
         core = engine.engine_core.engine_core
         self._kv_usage = core.scheduler.kv_cache_manager
@@ -235,7 +222,9 @@ class VLLMEngine(RolloutEngine):
             self._adapters.replace(policy, tensors)
         if not self._engine.reset_prefix_cache():
             raise CheckpointError("vLLM still reads keys and values of the old weights; load when no request is outstanding")
-        self._version = version
+        if self._diverged:
+            self._engine.collective_rpc(_wipe_kv)
+        self._version, self._diverged = version, False
         return str(total)
 
     def _sort_out(
@@ -250,8 +239,8 @@ class VLLMEngine(RolloutEngine):
                 adapters.setdefault(policy, {})[name] = held
                 continue
             if not (self._tied and name == "lm_head.weight"):
-                _check_shape(f"the base model: {name}", tuple(held.shape), self._parameters.get(name))
-                _check_dtype(name, held, self._dtype)
+                check_shape(f"the base model: {name}", tuple(held.shape), self._parameters.get(name))
+                check_dtype(name, held, self._dtype)
             missing.discard(name)
             yield name, held
         if 0 < len(missing) < len(self._parameters):
@@ -274,6 +263,7 @@ class VLLMEngine(RolloutEngine):
             policy_version=self._version, wall_s=time.perf_counter() - pending.since,
         )  # fmt: skip
         if finite < len(logprobs):
+            self._diverged = True
             reason = f"logits are not finite after {finite} tokens: model diverged"
             completion = replace(completion, finish="error", error=reason)
         return number, completion
@@ -304,7 +294,7 @@ class _Adapters:
     def __init__(self, engine: Any, policies: Mapping[str, Path]) -> None:
         self._engine = engine
         self._numbers = count(1)
-        self._shapes = {policy: _shapes(folder / WEIGHTS_FILE) for policy, folder in policies.items()}
+        self._shapes = {policy: shapes_in(folder / WEIGHTS_FILE) for policy, folder in policies.items()}
         self._scratch = tempfile.TemporaryDirectory(prefix="mas_hpc-vllm-")
         """vLLM reads an adapter again when it has dropped it, as it does when the base model changes."""
         self._served: dict[str, Any] = {}
@@ -328,7 +318,7 @@ class _Adapters:
             )
         expected, found = self._shapes[policy], {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name in sorted(expected.keys() | found.keys()):
-            _check_shape(f"policy {policy!r}: {name}", found.get(name), expected.get(name))
+            check_shape(f"policy {policy!r}: {name}", found.get(name), expected.get(name))
         served = self._served[policy]
         self._engine.remove_lora(served.lora_int_id)  # first, so that its slot is taken and the spare one stays empty
         self._serve(policy, Path(served.lora_path) / CONFIG_FILE, tensors)
@@ -354,6 +344,12 @@ def _too_cold(temperature: float) -> bool:
     return 0 < temperature < COLDEST
 
 
+def _wipe_kv(worker: Any) -> None:
+    """What is not finite must go: kernels multiply the unused rest of a block by 0, which does not hide nan."""
+    for cache in worker.model_runner.kv_caches:
+        cache.zero_()
+
+
 def _sampling(request: Request) -> Any:
     """vLLM's SamplingParams: one final answer, only our stops, the log-prob of each sampled token and no others."""
     from vllm import SamplingParams
@@ -365,27 +361,6 @@ def _sampling(request: Request) -> Any:
         seed=request.seed & 0xFFFFFFFF, stop_token_ids=list(ours.stop_ids), stop=list(ours.stop_strings), ignore_eos=True,
         detokenize=bool(ours.stop_strings), logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY,
     )  # fmt: skip
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, by name."""
-    with safe_open(file, framework="pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-
-
-def _check_shape(what: str, found: tuple[int, ...] | None, expected: tuple[int, ...] | None) -> None:
-    if found != expected:
-        raise CheckpointError(
-            f"weights of {what} has shape {found or 'missing'}, expected {expected or 'no such tensor'}; they are of another "
-            "model: give both sides the same model.path and adapters"
-        )
-
-
-def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
-    if tensor.dtype != expected:
-        raise CheckpointError(
-            f"weights: {name} is {tensor.dtype}, but vLLM serves {expected}; give both sides the same model.dtype"
-        )
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from transformers import (
 from mas_hpc.config import AdapterConfig, RolloutConfig, RunConfig
 from mas_hpc.config_methods import SFTConfig
 from mas_hpc.models.adapters import AdapterBank
+from mas_hpc.rollout.saved_model import save_for_serving
 from mas_hpc.rollout.scripted import ScriptedEngine
-from mas_hpc.rollout.vllm import VLLMEngine, save_for_vllm, vllm_engine
+from mas_hpc.rollout.vllm import VLLMEngine, vllm_engine
 
 from .memory_transport import name_of
 
@@ -110,7 +111,7 @@ def needs_vllm() -> None:
 @pytest.fixture(scope="session")
 def vllm_plain(needs_vllm, tokenizer, tmp_path_factory) -> VLLMEngine:
     """vLLM on `small_model`; tests that load other weights put these back."""
-    folder, policies = save_for_vllm(small_model(), tokenizer, None, tmp_path_factory.mktemp("plain"))
+    folder, policies = save_for_serving(small_model(), tokenizer, None, tmp_path_factory.mktemp("plain"))
     return vllm_engine(vllm_config(), folder, tokenizer, policies)
 
 
@@ -118,6 +119,6 @@ def vllm_plain(needs_vllm, tokenizer, tmp_path_factory) -> VLLMEngine:
 def vllm_adapted(needs_vllm, tokenizer, tmp_path_factory) -> VLLMEngine:
     """vLLM on `small_model` with the adapters of `small_bank`; tests that load other weights put these back."""
     model = small_model()
-    folder, policies = save_for_vllm(model, tokenizer, small_bank(model), tmp_path_factory.mktemp("adapted"))
+    folder, policies = save_for_serving(model, tokenizer, small_bank(model), tmp_path_factory.mktemp("adapted"))
     config = vllm_config(policies="per_agent", rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "down_proj"))
     return vllm_engine(config, folder, tokenizer, policies)

@@ -1,25 +1,33 @@
 """vLLM's engine against transformers and the native engine. Most of it is skipped without vLLM: see `make test-vllm`."""
 
 import copy
+import gc
 import math
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mas_hpc.checksum import checksum
-from mas_hpc.config import EvaluationConfig, ModelConfig, RolloutConfig
+from mas_hpc.config import EvaluationConfig, ModelConfig, RolloutConfig, RunConfig
 from mas_hpc.errors import CheckpointError, ConfigError
 from mas_hpc.models.attention import prepare
+from mas_hpc.models.load import load_model
+from mas_hpc.models.smollm2 import cache_folder
 from mas_hpc.models.weights import named_weights
 from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request, SamplingParams
 from mas_hpc.rollout.native.engine import NativeEngine
+from mas_hpc.rollout.saved_model import save_for_serving
 from mas_hpc.rollout.vllm import check, vllm_engine
 
 from .conftest import small_bank, small_model, vllm_config
 
-PROMPTS = [(1, 2, 3), (4, 5), (6, 7, 8, 9, 10, 11), (1, 2, 4)]
+PROMPTS = [(1, 2, 3), (4, 5), tuple(i % 30 + 1 for i in range(70)), (1, 2, 4)]
+"""The third is longer than two blocks of keys and values, so that later requests share them."""
 
 
 def asked(policy: str = "shared", count: int = 12, **sampling) -> list[Request]:
@@ -215,7 +223,7 @@ def test_part_of_an_adapter_is_refused(vllm_adapted):
     weights = list(named_weights(model, small_bank(model), ["solver"]))
     with pytest.raises(CheckpointError, match=r"q_proj.lora_A.weight has shape missing"):
         vllm_adapted.load(version=1, weights=weights[1:])
-    with pytest.raises(CheckpointError, match="policy 'judge'.*'critic', 'solver'"):
+    with pytest.raises(CheckpointError, match=r"policy 'judge'.*'critic', 'solver'"):
         vllm_adapted.load(version=1, weights=[("judge", name, tensor) for _, name, tensor in weights])
 
 
@@ -289,6 +297,8 @@ def test_diverged_weights_end_as_an_error_with_the_tokens_before(vllm_plain):
     assert (completion.finish, completion.token_ids, completion.logprobs) == ("error", (), ())
     assert completion.error == "logits are not finite after 0 tokens: model diverged"
     vllm_plain.load(version=0, weights=weights)
+    requests = asked()
+    assert_logprobs_are(small_model().double(), requests, vllm_plain.generate(requests))
 
 
 # ---- what cannot be served; none of this needs vLLM
@@ -325,3 +335,87 @@ def test_a_machine_without_vllm_is_told_what_to_install(tokenizer, monkeypatch, 
 def test_a_model_that_vllm_cannot_serve_is_named(needs_vllm, tokenizer, tmp_path: Path):
     with pytest.raises(ConfigError, match=f"vLLM cannot serve {tmp_path}"):
         vllm_engine(vllm_config(), tmp_path, tokenizer, {})
+
+
+# ---- beside a trainer
+
+
+def test_the_end_of_an_engine_takes_no_process_group_with_it(vllm_plain, tokenizer, tmp_path):
+    folder, _ = save_for_serving(small_model(), tokenizer, None, tmp_path)
+    engine = vllm_engine(vllm_config(), folder, tokenizer, {})
+    core = weakref.ref(engine._engine.engine_core)
+    del engine
+    gc.collect()
+    assert core() is None, "weights and keys and values are freed"
+    assert torch.distributed.is_initialized()
+    assert len(vllm_plain.generate(asked(count=2))) == 2
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoTokenizer
+from mas_hpc.distributed.world import World, connected
+from mas_hpc.rollout.engine import Request, SamplingParams
+from mas_hpc.config import RolloutConfig, RunConfig
+from mas_hpc.rollout.vllm import vllm_engine
+
+folder = Path(sys.argv[1])
+config = RunConfig(rollout=RolloutConfig(engine="vllm", kv_gib=0.02, max_rows=8))
+with connected(World.from_env()) as world:
+    engine = vllm_engine(config, folder, AutoTokenizer.from_pretrained(folder), {})
+    sampling = SamplingParams(max_new_tokens=4 + 8 * world.rank)
+    asked = [Request(prompt_ids=(1, 2, 3), prompt_spans=(("", 3),), policy="", seed=i, sampling=sampling) for i in range(3)]
+    done = [engine.generate(asked[: 1 + 2 * world.rank]) for _ in range(1 + world.rank)][0]
+    total = torch.tensor(sum(len(completion.token_ids) for completion in done))
+    torch.distributed.all_reduce(total)
+    assert total.item() == 4 + 3 * 12, total
+"""
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_have_engines_of_their_own(needs_vllm, tokenizer, tmp_path):
+    folder, _ = save_for_serving(small_model(), tokenizer, None, tmp_path)
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "rank.py"), str(folder)], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+
+
+# ---- a model of the world
+
+
+@pytest.mark.slow
+def test_smollm2_is_served_as_transformers_and_the_native_engine_run_it(needs_vllm):
+    folder = cache_folder() / "model"
+    if not folder.is_dir():
+        pytest.skip(f"no SmolLM2 at {folder}")
+    config = RunConfig(model=ModelConfig(path=str(folder)), rollout=RolloutConfig(engine="vllm", kv_gib=0.75))
+    model, tokenizer = load_model(config.model, seed=0)
+    texts = ["What is 12 + 30?", "Name the capital of France.", "Count from 1 to 20 and then say why one would."]
+    prompts = [tuple(tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")) for text in texts]
+
+    def asked_at(temperature: float) -> list[Request]:
+        sampling = SamplingParams(
+            max_new_tokens=24, temperature=temperature, top_p=0.9 if temperature else 1.0, stop_ids=(tokenizer.eos_token_id,)
+        )
+        spans = [(("", len(prompt)),) for prompt in prompts]
+        return [
+            Request(prompt_ids=prompt, prompt_spans=span, policy="shared", seed=seed, sampling=sampling)
+            for seed, (prompt, span) in enumerate(zip(prompts, spans, strict=True))
+        ]
+
+    engine = vllm_engine(config, folder, tokenizer, {})
+    for ours, theirs in zip(
+        NativeEngine(model, tokenizer).generate(asked_at(0.0)), engine.generate(asked_at(0.0)), strict=True
+    ):
+        assert theirs.token_ids == ours.token_ids
+        assert theirs.logprobs == pytest.approx(ours.logprobs, abs=1e-4)
+        assert (theirs.text, theirs.finish) == (ours.text, ours.finish)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert_logprobs_are(plain, asked_at(0.7), engine.generate(asked_at(0.7)))
