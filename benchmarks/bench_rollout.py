@@ -32,13 +32,14 @@ from rollout_peers import (
 )
 from transformers import AutoModelForCausalLM
 
-from mas_hpc.config import ModelConfig
+from mas_hpc.config import AdapterConfig, ModelConfig
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.load import load_model
 from mas_hpc.rollout.native.engine import NativeEngine
 
 HF = f"transformers {transformers.__version__} generate"
 AGENTS = ("solver", "critic", "reviser", "verifier")
+TARGETS = AdapterConfig().target_modules
 REPEATS = 3
 
 
@@ -129,7 +130,7 @@ def decode_rows(model: Any, tokenizer: Any, peer: Any, folder: Path, repeats: in
 def pipeline_rows(pipeline: Pipeline, model: Any, tokenizer: Any, peer: Any, folder: Path, repeats: int) -> list[Row]:
     """A team whose agents have an adapter each and read one transcript."""
     model = copy.deepcopy(model)
-    bank = AdapterBank.install(model, AGENTS, rank=8, alpha=16.0, seed=0)
+    bank = AdapterBank.install(model, AGENTS, rank=8, alpha=16.0, target_modules=TARGETS, seed=0)
     adapters = {agent: folder.parent / agent for agent in AGENTS}
     for number, (agent, target) in enumerate(adapters.items()):
         torch.manual_seed(number)

@@ -1,0 +1,107 @@
+"""Two ranks on two cores against one: the real `mas-hpc rollout`, colocated and sharded, by events and in waves.
+
+SmolLM2-135M in float32 plays a four-agent pipeline on generated sums; completions end by themselves, so lengths vary. Episodes
+a second of the phase itself (rollout/wall_s in metrics.jsonl): start-up and loading are left out. The machine must be quiet.
+Run: python -m benchmarks.bench_ranks [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from reporting import ROOT, Row, report
+
+REPEATS = 3
+TEAM = """
+name: {name}
+runs_dir: {runs}
+model: {{path: smollm2}}
+data: {{kind: reasoning_gym, name: chain_sum, num_train: 0, num_test: {tasks}}}
+team:
+  topology: pipeline
+  agents:
+    - {{name: solver, role: solver}}
+    - {{name: critic, role: critic{second}}}
+    - {{name: reviser, role: reviser}}
+    - {{name: verifier, role: verifier{second}}}
+{models}rollout: {{max_new_tokens: 96, max_rows: 32, num_tasks: {tasks}, placement: {placement}, schedule: {schedule}}}
+method: {{kind: at_grpo}}
+"""
+Case = tuple[str, int, str, str, bool]  # name, ranks, placement, schedule, two models
+
+
+def rollout(case: Case, tasks: int, folder: Path) -> float:
+    """Episodes a second."""
+    name, ranks, placement, schedule, two = case
+    config = folder / "team.yaml"
+    config.write_text(
+        TEAM.format(
+            name=name, runs=folder, tasks=tasks, placement=placement, schedule=schedule,
+            second=", policy: second" if two else "", models="  models: {second: smollm2}\n" if two else "",
+        )
+    )  # fmt: skip
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    words = [*(start if ranks > 1 else [sys.executable]), "-m", "mas_hpc", "rollout", str(config)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    newest = max(folder.glob(f"{name}*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+    lines = [json.loads(line) for line in newest.read_text().splitlines()]
+    wall_s = next(line["rollout/wall_s"] for line in lines if "rollout/wall_s" in line)
+    return tasks / wall_s
+
+
+def measure(cases: Sequence[Case], tasks: int, repeats: int) -> Mapping[str, float]:
+    """Median episodes a second of each case, measured in turn."""
+    found: dict[str, list[float]] = {case[0]: [] for case in cases}
+    with tempfile.TemporaryDirectory() as scratch:
+        for repeat in range(repeats):
+            for case in cases:
+                folder = Path(scratch) / str(repeat)
+                folder.mkdir(exist_ok=True)
+                found[case[0]].append(rollout(case, tasks, folder))
+                print(f"{case[0]}: {found[case[0]][-1]:.3f} episodes/s", flush=True)
+    return {name: median(values) for name, values in found.items()}
+
+
+def main() -> None:
+    """Measure, write results/ranks.json, print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, once: to see that it runs")
+    quick = parser.parse_args().quick
+    cases: list[Case] = [
+        ("one", 1, "colocated", "events", False), ("colocated", 2, "colocated", "events", False),
+        ("colocated-waves", 2, "colocated", "waves", False), ("one-two-models", 1, "colocated", "events", True),
+        ("sharded", 2, "sharded", "events", True), ("sharded-waves", 2, "sharded", "waves", True),
+    ]  # fmt: skip
+    tasks = 4 if quick else 32
+    found = measure(cases, tasks, 1 if quick else REPEATS)
+
+    def row(name: str, peer: str, what: str, target: float) -> Row:
+        return Row(
+            case=f"{tasks} episodes of 4 turns, {what}", metric="episodes/s", ours=found[name], peer=peer, theirs=found[peer],
+            ratio=found[name] / found[peer], target=target,
+        )  # fmt: skip
+
+    rows = [
+        row("colocated", "one", "two ranks, each with everything", 1.75),
+        row("colocated", "colocated-waves", "events instead of waves", 1.0),
+        row("sharded", "one-two-models", "two models on two ranks, against both on one", 1.5),
+        row("sharded", "sharded-waves", "events instead of waves", 1.0),
+    ]
+    notes = {"model": "SmolLM2-135M-Instruct, float32, temperature 1, completions end by themselves, at most 96 tokens"}
+    report("ranks-quick" if quick else "ranks", rows, notes=notes)
+
+
+if __name__ == "__main__":
+    main()
