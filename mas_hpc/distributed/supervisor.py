@@ -132,6 +132,7 @@ class _Attempt:
         self._gone: set[int] = set()
         self._stalled: set[int] = set()
         self._processes = [_start(plan, rank, port=host.port, attempt=attempt) for rank in range(plan.ranks)]
+        say(f"ranks are processes {' '.join(str(process.pid) for process in self._processes)}")
 
     def run(self) -> Literal["done", "failed", "died", "stalled", "stopped"]:
         """Watch the ranks until the run is decided, then end those that are left."""
