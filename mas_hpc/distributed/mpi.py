@@ -17,14 +17,14 @@ _MAX_ADDRESS_BYTES = 256
 
 @functools.cache
 def load_mpi() -> Any:
-    """mpi4py's MPI module, initialised. Raises LaunchError when it, or the MPI library under it, is missing.
+    """mpi4py's MPI module, not initialised. Raises LaunchError when it, or the MPI library under it, is missing.
 
     MPI is not finalised at exit: a failing rank would wait there for the others instead of ending the job. See `finalize`.
     """
     try:
         import mpi4py
 
-        mpi4py.rc.finalize = False
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
@@ -36,17 +36,24 @@ def load_mpi() -> Any:
 def join(place: Place) -> Any:
     """The communicator of all ranks. Raises LaunchError when they are not the ranks that the launcher started."""
     mpi = load_mpi()
+    library = mpi.Get_library_version().strip("\0 \n").splitlines()[0]
+    if place.launcher == "Open MPI" and "Open MPI" not in library:
+        raise _mismatch(place, library, "mpi4py's library is another")  # which would end the process while it initialises
+    if not mpi.Is_initialized():
+        mpi.Init_thread()
     ranks = mpi.COMM_WORLD
-    fits = place.size in (None, ranks.size) and place.rank == ranks.rank and (place.local_size or 1) <= ranks.size
-    if not fits:
-        told = f"rank {place.rank} of {place.size if place.size is not None else 'an unknown number'}"
-        library = mpi.Get_library_version().strip("\0 \n").splitlines()[0]
-        raise LaunchError(
-            f"the launcher ({place.launcher}) says {told}, mpi4py says rank {ranks.rank} of {ranks.size}: "
-            f"mpiexec belongs to another MPI than mpi4py's library ({library}): "
-            f"use the mpiexec beside this Python, or {_REMEDY}"
-        )
+    if place.size not in (None, ranks.size) or place.rank != ranks.rank or (place.local_size or 1) > ranks.size:
+        raise _mismatch(place, library, f"mpi4py says rank {ranks.rank} of {ranks.size}")
     return ranks
+
+
+def _mismatch(place: Place, library: str, seen: str) -> LaunchError:
+    told = f"rank {place.rank} of {place.size if place.size is not None else 'an unknown number'}"
+    return LaunchError(
+        f"the launcher ({place.launcher}) says {told}, {seen}: "
+        f"mpiexec belongs to another MPI than mpi4py's library ({library}): "
+        f"use the mpiexec beside this Python, or {_REMEDY}"
+    )
 
 
 def local_ranks(ranks: Any) -> tuple[int, int]:

@@ -23,7 +23,11 @@ class Envelope:
 
 
 class Transport(Protocol):
-    """Messages arrive whole, once, and in the order in which one rank sent them to another. Of one thread."""
+    """Messages arrive whole, once, and in the order in which one rank sent them to another. For use by one thread.
+
+    Nothing waits, so a rank with nothing to do sleeps 0.1 ms or so between calls of `receive`: one that spins instead takes
+    the core, and the interpreter lock, from those who bring its messages (14 ms of latency instead of 0.2 ms).
+    """
 
     rank: int
     size: int
