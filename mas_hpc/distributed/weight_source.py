@@ -84,10 +84,10 @@ class ZeroWeights:
         gather_bytes: int = 64 << 20,
     ) -> None:
         try:
-            from deepspeed.zero import GatheredParameters
+            from deepspeed import zero
         except ImportError as error:
             raise LaunchError(f"weights of ZeRO-3 need deepspeed ({error}): pip install 'mas-hpc[deepspeed]'") from error
-        self._gathered: Any = GatheredParameters
+        self._gathered: Any = zero.GatheredParameters
         self._weights = list(weights)
         shapes = [getattr(parameter, "ds_shape", parameter.shape) for _, _, parameter in self._weights]
         self.specs = tuple(

@@ -12,26 +12,36 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch.distributed")
+from mas_hpc.distributed.weight_source import ZeroWeights
+from mas_hpc.errors import LaunchError
+
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parent / "weight_ranks.py"
 SENDER, RECEIVER = 0, 1
 Found = list[dict[str, dict[str, Any]]]
 
 
-def outcomes(launcher: list[str], num_ranks: int, folder: Path) -> Found:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+def outcomes(launcher: list[str], num_ranks: int, folder: Path, script: str = "weight_ranks.py") -> list[Any]:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [*launcher, str(SCRIPT), str(folder)], capture_output=True, text=True, check=False, env=environment, timeout=300
+        [*launcher, str(Path(__file__).parent / script), str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
+def torchrun_command(num_ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+
+
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
-    return outcomes(command, 3, tmp_path_factory.mktemp("torchrun"))
+    return outcomes(torchrun_command(3), 3, tmp_path_factory.mktemp("torchrun"))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +103,22 @@ def test_shards_are_gathered_on_the_way_to_another_rank_and_beside_the_trainer(t
     assert (first["rows"], second["rows"]) == (4, 3)
     assert first["answer"] == engine["answer"] == engine["held"] == engine["expected"]
     assert first["whole"] == second["whole"] == first["expected"]
+
+
+@pytest.mark.slow
+def test_zero_3_gathers_whole_tensors_a_few_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="extra: deepspeed")
+    for found in outcomes(torchrun_command(2), 2, tmp_path, "zero_ranks.py"):
+        assert found["gathered"] == found["before"]
+        assert found["shapes"] == [[7, 6], [7], [5, 7], [5]]
+        assert found["shards"] == [0, 0, 0, 0], "nothing is left whole"
+        assert found["close"] == [True] * 4, "it reads the weights as they are after a step"
+
+
+def test_zero_3_without_deepspeed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(LaunchError, match=r"pip install 'mas-hpc\[deepspeed\]'"):
+        ZeroWeights([])
 
 
 @pytest.mark.slow
