@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mas_hpc.errors import RolloutError
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.weights import assign_weights
 from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request, RolloutEngine, RolloutStats, Weights
@@ -28,6 +27,7 @@ from mas_hpc.rollout.native.prefill import Chunk, plan
 from mas_hpc.rollout.native.runner import Runner
 from mas_hpc.rollout.native.sampler import SamplingColumns, columns, sample, uniforms
 from mas_hpc.rollout.native.scheduler import Prompt, Row, Scheduler
+from mas_hpc.rollout.refusals import unknown_policy, unservable
 
 Scope = Literal["sequence", "speaker"]
 STEPS_PER_POLL = 16
@@ -267,7 +267,7 @@ class NativeEngine(RolloutEngine):
 
     def _row(self, number: int, request: Request) -> Row:
         adapter = self._adapter(request.policy)
-        refusal = self._refusal(request)
+        refusal = unservable(request, self._context_limit)
         adapters = () if refusal else self._prompt_adapters(request, adapter)
         row = Row(
             number=number, request=request, adapter=adapter,
@@ -290,24 +290,8 @@ class NativeEngine(RolloutEngine):
         if self._policies is None or policy == BASE_POLICY:
             return -1
         if policy not in self._policies:
-            raise RolloutError(
-                f"policy {policy!r}: the engine has no adapter of that name; expected one of {sorted(self._policies)}; "
-                "add it to the adapters of the model or map the agent to another policy"
-            )
+            raise unknown_policy(policy, self._policies)
         return self._policies[policy]
-
-    def _refusal(self, request: Request) -> str:
-        """Why a request cannot be served; "" when it can."""
-        if not request.prompt_ids:
-            return "the prompt is empty: the first token is predicted from at least one; begin it with a bos token"
-        wanted = len(request.prompt_ids) + request.sampling.max_new_tokens
-        if wanted > self._context_limit:
-            return (
-                f"prompt of {len(request.prompt_ids)} tokens + max_new_tokens={request.sampling.max_new_tokens} "
-                f"is {wanted}, beyond the model's context of {self._context_limit}; "
-                "shorten the prompt or lower max_new_tokens"
-            )
-        return ""
 
     def _columns(self, rows: Sequence[Row]) -> SamplingColumns:
         return columns([row.request.sampling for row in rows], self._device, len(self._runner.head.weight))
