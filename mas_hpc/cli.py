@@ -95,7 +95,7 @@ def rollout(config: ConfigFile, overrides: Overrides = None) -> None:
         evaluation.rollout(training.keep(training.warm_up(run)))
         _report(run)
 
-    _with_run(_playable(_load(config, overrides)), job)
+    _with_run(_playable(_load(config, overrides)), job, trains=False)
 
 
 @app.command()
@@ -110,7 +110,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         run = training.keep(training.warm_up(run))
         _finish(run, evaluation.evaluate(run, ""))
 
-    _with_run(_playable(_load(config, overrides)), job)
+    _with_run(_playable(_load(config, overrides)), job, trains=False)
 
 
 @app.command()
@@ -249,7 +249,7 @@ def _playable(config: RunConfig, *, pipeline: bool = False) -> RunConfig:
     return config
 
 
-def _with_run(config: RunConfig, job: Any) -> None:
+def _with_run(config: RunConfig, job: Any, *, trains: bool = True) -> None:
     """Join the ranks, build the run and do the job; say where the traces are when it is interrupted."""
     from rich.console import Console
 
@@ -258,10 +258,11 @@ def _with_run(config: RunConfig, job: Any) -> None:
 
     with connected(World.from_env()) as world:
         console = Console(quiet=not world.is_first, soft_wrap=True)
-        run = build(config, world, console)
+        run = build(config, world, console, trains=trains)
         console.print(f"run folder: {run.folder}", highlight=False)
         try:
             job(run)
+            run.close()
         except KeyboardInterrupt:
             console.print(f"interrupted; every finished trace is in {run.folder / 'traces'}", style="yellow")
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,39 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from ruamel.yaml import YAML
 
-from mas_hpc.config import AdapterConfig, RecordConfig, RunConfig
+from mas_hpc.config import AdapterConfig, ModelConfig, RecordConfig, RunConfig
 from mas_hpc.config_file import load_config
 from mas_hpc.config_methods import OnlineConfig
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.exchange import gather_lines
+from mas_hpc.distributed.transport import Transport, open_transport
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import CheckpointError, ConfigError, DataError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.heads import ScalarHead
-from mas_hpc.models.load import checkpoint_activations, load_model
+from mas_hpc.models.load import checkpoint_activations, count_parameters, load_model, load_tokenizer
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.rollout.engine import RolloutEngine
 from mas_hpc.rollout.native.engine import NativeEngine
+from mas_hpc.rollout.placement import Mode, Placement, place, placement_table
 from mas_hpc.rollout.router import RoutedEngine
-from mas_hpc.teams import build_team
+from mas_hpc.rollout.sharded import ShardedEngine
+from mas_hpc.teams import build_team, served_models
 from mas_hpc.training.log import MetricsLog
 from mas_hpc.training.network import Network
 from mas_hpc.types import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """Which ranks serve which policies, and the messages between their engines.
+
+    Example: Shards(placement=placement, transport=open_transport(world, timeout_s=300.0))
+    """
+
+    placement: Placement
+    transport: Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +58,13 @@ class Run:
     console: Console
     log: MetricsLog
     model: Any
+    """The model that is trained, and the base under adapters; None where other ranks serve it and nothing is trained."""
     tokenizer: Any
     bank: AdapterBank | None
     other_models: Mapping[str, Any]
-    """Models by the policy that they serve; never trained."""
+    """Models by the policy that they serve here, of those in team.models; never trained."""
+    shards: Shards | None
+    """How the ranks serve each other; None where each serves itself."""
     engine: RolloutEngine
     team: Team
     train_tasks: tuple[Task, ...]
@@ -59,6 +77,16 @@ class Run:
         """Ground truth for rewards."""
         method = self.config.method
         return VerifiableJudge(break_penalty=method.break_penalty if isinstance(method, OnlineConfig) else 0.0)
+
+    def serve_others(self) -> None:
+        """After work that was shared out beforehand: serve other ranks until theirs is done too."""
+        if isinstance(self.engine, ShardedEngine):
+            self.engine.serve_others()
+
+    def close(self) -> None:
+        """Collective: the ranks' engines serve each other no more."""
+        if self.shards:
+            self.shards.transport.close()
 
     def network(self, *, head: ScalarHead | None = None, temperature: float = 1.0) -> Network:
         """The model and its adapters as the trainer sees them."""
@@ -83,11 +111,13 @@ class Run:
         return bar, lambda: bar.advance(task)
 
 
-def build(config: RunConfig, world: World, console: Console, resume: Path | None = None) -> Run:
-    """Load tasks and model, make the run folder, write the resolved config. Raises ConfigError, DataError, CheckpointError.
+def build(config: RunConfig, world: World, console: Console, resume: Path | None = None, *, trains: bool = True) -> Run:
+    """Load tasks and models, make the run folder, write the resolved config.
+
+    Raises ConfigError, DataError, CheckpointError, and LaunchError for fewer ranks than rollout.placement needs.
 
     With `resume`, or when a supervisor has restarted the ranks, the folder is that of the earlier attempt: traces that are kept
-    there are not sampled again.
+    there are not sampled again. Without `trains`, a rank that neither serves the trained model nor warms it up has it not.
     """
     check_world(config, world)
     if resume:
@@ -99,7 +129,9 @@ def build(config: RunConfig, world: World, console: Console, resume: Path | None
             write_config(config, folder)
         return folder
 
-    run = _assemble(config, world, console, claim, tasks=True)
+    loads = not isinstance(config.data, RecordConfig)
+    trains = trains or bool(config.warm_start and config.warm_start.steps)
+    run = _assemble(config, world, console, claim, mode=config.rollout.placement, tasks=loads, trains=trains)
     return replace(run, resumes=resume is not None or world.attempt > 0)
 
 
@@ -120,7 +152,8 @@ def check_resumable(config: RunConfig, folder: Path) -> None:
 def reopen(folder: Path, world: World, console: Console) -> Run:
     """A finished run with the weights that it saved, if it saved any. Raises DataError for a folder that is no run's.
 
-    The engine stamps completions with the policy version of those weights.
+    The engine stamps completions with the policy version of those weights. Every rank has every model, whatever
+    rollout.placement says: replays are shared out beforehand.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -132,7 +165,7 @@ def reopen(folder: Path, world: World, console: Console) -> Run:
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder / "model")})})
     elif config.warm_start and config.warm_start.steps:
         raise DataError(f"{folder}: its warm-started weights were not saved; expected {folder / 'model'}: run it again")
-    run = _assemble(config, world, console, lambda: folder, tasks=False)
+    run = _assemble(config, world, console, lambda: folder, mode="colocated", tasks=False, trains=True)
     run = with_adapters(run) if config.adapters.policies == "per_agent" else run
     run.engine.load(version=policy_version(folder))
     return run
@@ -144,34 +177,56 @@ def policy_version(folder: Path) -> int:
     return int(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else 0
 
 
-def _assemble(config: RunConfig, world: World, console: Console, claim: Callable[[], Path], *, tasks: bool) -> Run:
+def _assemble(
+    config: RunConfig, world: World, console: Console, claim: Callable[[], Path], *, mode: Mode, tasks: bool, trains: bool
+) -> Run:
     """Load everything, then claim the folder: a mistake leaves no empty one behind."""
-    loads = tasks and not isinstance(config.data, RecordConfig)
-    train_tasks, test_tasks = load_tasks(config.data) if loads else ((), ())  # type: ignore[arg-type]
-    with console.status(f"loading {config.model.path} ..."):
-        model, tokenizer = load_model(config.model, seed=config.seed)
-    if config.model.activation_checkpointing:
-        checkpoint_activations(model)
+    train_tasks, test_tasks = load_tasks(config.data) if tasks else ((), ())  # type: ignore[arg-type]
+    placement = place_models(config, world, console, mode)
+    served = placement.policies_of(world.rank)
+    if trains or has_shared_model(config, served):
+        with console.status(f"loading {config.model.path} ..."):
+            model, tokenizer = load_model(config.model, seed=config.seed)
+        if config.model.activation_checkpointing:
+            checkpoint_activations(model)
+    else:
+        model, tokenizer = None, load_tokenizer(config.model)
     other_models = {
-        policy: load_other(config, path, tokenizer, f"team.models.{policy}") for policy, path in config.team.models.items()
-    }
+        policy: load_other(config, path, tokenizer, f"team.models.{policy}")
+        for policy, path in config.team.models.items() if policy in served
+    }  # fmt: skip
     team = build_team(config.team, config, tokenizer)
     folder = claim()
+    shards = None
+    if placement.mode == "sharded":
+        shards = Shards(placement=placement, transport=open_transport(world, timeout_s=config.rollout.stall_s))
     return Run(
         config=config, world=world, folder=folder, console=console,
         log=MetricsLog(folder, is_writer=world.is_first, tracking=config.tracking),
-        model=model, tokenizer=tokenizer, bank=None, other_models=other_models,
-        engine=build_engine(config, model, tokenizer, other_models),
+        model=model, tokenizer=tokenizer, bank=None, other_models=other_models, shards=shards,
+        engine=build_engine(config, model, tokenizer, other_models, shards),
         team=team, train_tasks=train_tasks, test_tasks=test_tasks,
     )  # fmt: skip
 
 
+def place_models(config: RunConfig, world: World, console: Console, mode: Mode) -> Placement:
+    """Which ranks serve which policies; shown where they are not all served by all. Raises LaunchError, ConfigError."""
+
+    def count(key: str, path: str) -> int:
+        with _blaming(key):
+            return count_parameters(_beside(config, path)) if world.size > 1 and config.team.models else 1
+
+    models = served_models(config, count)
+    placement = place(models, ranks=world.size, mode=mode, hosts=world.hosts)
+    if placement.mode == "sharded":
+        console.print(placement_table(placement, models, world.hosts))
+    return placement
+
+
 def load_other(config: RunConfig, path: str, tokenizer: Any, key: str) -> Any:
     """A model of the run's vocabulary beside its own. Raises ConfigError for another vocabulary."""
-    try:
-        model, its_tokenizer = load_model(config.model.model_copy(update={"path": path}), seed=config.seed)
-    except (ConfigError, CheckpointError) as error:
-        raise type(error)(str(error).replace("model.path=", f"{key}=", 1)) from None
+    with _blaming(key):
+        model, its_tokenizer = load_model(_beside(config, path), seed=config.seed)
     if its_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{key}={path!r}: its vocabulary is not that of model.path={config.model.path!r}, so the agents could not read "
@@ -180,14 +235,38 @@ def load_other(config: RunConfig, path: str, tokenizer: Any, key: str) -> Any:
     return model.requires_grad_(False)
 
 
+def _beside(config: RunConfig, path: str) -> ModelConfig:
+    return config.model.model_copy(update={"path": path})
+
+
+@contextmanager
+def _blaming(key: str) -> Iterator[None]:
+    """Errors of model.path are those of another key."""
+    try:
+        yield
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(str(error).replace("model.path=", f"{key}=", 1)) from None
+
+
+def has_shared_model(config: RunConfig, policies: Sequence[str]) -> bool:
+    """Whether some of these policies have no model of their own."""
+    return any(policy not in config.team.models for policy in policies)
+
+
 def build_engine(
-    config: RunConfig, model: Any, tokenizer: Any, other_models: Mapping[str, Any], bank: AdapterBank | None = None
-) -> RolloutEngine:
-    """The engine of the trained model, and one for every policy with a model of its own."""
+    config: RunConfig, model: Any, tokenizer: Any, other_models: Mapping[str, Any], shards: Shards | None,
+    bank: AdapterBank | None = None,
+) -> RolloutEngine:  # fmt: skip
+    """An engine of each model that this rank serves: of `model` unless other ranks do, and of every one with its own policy."""
     rows = config.rollout.max_rows
-    main = NativeEngine(model, tokenizer, bank=bank, scope=config.adapters.scope, max_rows=rows)
+    main: RolloutEngine | None = None
+    if shards is None or has_shared_model(config, shards.placement.policies_of(shards.transport.rank)):
+        main = NativeEngine(model, tokenizer, bank=bank, scope=config.adapters.scope, max_rows=rows)
     own = {policy: NativeEngine(other, tokenizer, max_rows=rows) for policy, other in other_models.items()}
-    return RoutedEngine(main, own) if own else main
+    local = main if main is not None and not own else RoutedEngine(main, own)
+    if shards is None:
+        return local
+    return ShardedEngine(local, shards.placement, shards.transport, stall_s=config.rollout.stall_s)
 
 
 def check_world(config: RunConfig, world: World) -> None:
@@ -236,8 +315,10 @@ def write_config(config: RunConfig, folder: Path) -> None:
 
 def with_adapters(run: Run) -> Run:
     """Freeze the base and give every policy its adapter."""
+    if run.model is None:
+        return run
     settings: AdapterConfig = run.config.adapters
-    policies = list(dict.fromkeys(a.policy for a in run.team.agents.values() if a.policy not in run.other_models))
+    policies = list(dict.fromkeys(a.policy for a in run.team.agents.values() if a.policy not in run.config.team.models))
     bank = AdapterBank.install(
         run.model,
         policies,
@@ -249,4 +330,5 @@ def with_adapters(run: Run) -> Run:
     )
     for policy in policies if settings.path else []:
         bank.load(policy, Path(settings.path) / policy)
-    return replace(run, bank=bank, engine=build_engine(run.config, run.model, run.tokenizer, run.other_models, bank))
+    engine = build_engine(run.config, run.model, run.tokenizer, run.other_models, run.shards, bank)
+    return replace(run, bank=bank, engine=engine)

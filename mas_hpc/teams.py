@@ -1,7 +1,9 @@
-"""From the configuration of a team to the team: agents, topology and the dialect of the model."""
+"""From the configuration of a team to the team: agents, topology, the dialect of the model, and the models that serve it."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from mas_hpc.agents.agent import Agent
@@ -11,6 +13,8 @@ from mas_hpc.config import RunConfig
 from mas_hpc.config_team import AgentConfig, TeamConfig
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.orchestration.topology import Debate, MixtureOfAgents, Pipeline, Single, Topology
+from mas_hpc.rollout.placement import ServedModel, turns_by_agent
+from mas_hpc.types import BASE_POLICY
 
 
 def build_team(settings: TeamConfig, config: RunConfig, tokenizer: Any) -> Team:
@@ -24,17 +28,42 @@ def build_team(settings: TeamConfig, config: RunConfig, tokenizer: Any) -> Team:
         for role in settings.roles
     }  # fmt: skip
     roles = ROLES | own
-    per_agent = config.adapters.policies == "per_agent"
     agents = {
         agent.name: Agent(
             name=agent.name, role=roles[agent.role], prompt=agent.prompt,
             sees=_sees(settings, number, agent, roles[agent.role]),
-            policy=agent.policy or (agent.name if per_agent else "shared"),
+            policy=policy_of(agent, config),
             max_new_tokens=agent.max_new_tokens or config.rollout.max_new_tokens,
         )
         for number, agent in enumerate(settings.speaking)
     }  # fmt: skip
     return Team(agents=agents, topology=build_topology(settings), template=template)
+
+
+def policy_of(agent: AgentConfig, config: RunConfig) -> str:
+    """The weights that speak for an agent."""
+    return agent.policy or (agent.name if config.adapters.policies == "per_agent" else "shared")
+
+
+def served_models(config: RunConfig, count: Callable[[str, str], int]) -> tuple[ServedModel, ...]:
+    """The full models behind the team, the one that is trained first, unless every agent has a model of its own.
+
+    `count` gives the parameters of the model under a key of the configuration, at a path.
+    """
+    turns: Counter[str] = Counter()
+    for agent in config.team.speaking:
+        turns[policy_of(agent, config)] += turns_by_agent(config.team)[agent.name]
+    own, path = config.team.models, config.model.path
+    shared = tuple(policy for policy in turns if policy not in own)
+    models = [
+        ServedModel(name=its, policies=(policy,), num_parameters=count(f"team.models.{policy}", its), turns=turns[policy])
+        for policy, its in own.items()
+    ]
+    if shared:
+        spoken = sum(turns[policy] for policy in shared)
+        policies = (*shared, BASE_POLICY)
+        models.insert(0, ServedModel(name=path, policies=policies, num_parameters=count("model.path", path), turns=spoken))
+    return tuple(models)
 
 
 def _sees(settings: TeamConfig, number: int, agent: AgentConfig, role: Role) -> Sees:

@@ -264,8 +264,8 @@ def test_a_full_disk_is_one_message_and_earlier_lines_stay(tmp_path: Path) -> No
     words = ("rollout", QUICKSTART, *SMALL, f"runs_dir={tmp_path}", "rollout.num_tasks=2")
     code = (
         "import sys; from pathlib import Path; from mas_hpc import run; build = run.build\n"
-        "def with_full_disk(*a):\n"
-        f"    built = build(*a); traces = Path({str(traces)!r}); traces.mkdir()\n"
+        "def with_full_disk(*a, **named):\n"
+        f"    built = build(*a, **named); traces = Path({str(traces)!r}); traces.mkdir()\n"
         "    (traces / 'rollout.jsonl').symlink_to('/dev/full')\n"
         "    return built\n"
         "run.build = with_full_disk\n"

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -41,14 +42,36 @@ def load_model(config: ModelConfig, *, seed: int) -> tuple[PreTrainedModel, PreT
     logging.disable_progress_bar()
     if config.path == "tiny":
         model, tokenizer = _tiny_model(config, seed)
-    elif config.path == "smollm2":
-        model, tokenizer = _pretrained(config, str(smollm2.converted_folder()))
     else:
-        model, tokenizer = _pretrained(config, config.path)
+        model, tokenizer = _pretrained(config)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # also in train(): the trained log-probs must be those of the policy that was sampled
     return prepare(model.eval()), tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, where the model is on other ranks. Raises ConfigError as load_model does."""
+    if config.path == "tiny":
+        return _tiny_tokenizer()
+    name, source = _source(config)
+    try:
+        return AutoTokenizer.from_pretrained(name, **source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loadable(config.path, Path(name), error)) from None
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, without reading its weights. Raises ConfigError as load_model does."""
+    if config.path == "tiny":
+        return _tiny_model(config, 0)[0].num_parameters()
+    name, source = _source(config)
+    try:
+        shape = AutoConfig.from_pretrained(name, **source)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code).num_parameters()
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loadable(config.path, Path(name), error)) from None
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -106,11 +129,18 @@ def _tiny_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
     return model.to(getattr(torch, config.dtype)), tokenizer
 
 
-def _pretrained(config: ModelConfig, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A local folder (never asks the network) or a hub name; weights from safetensors only."""
+def _source(config: ModelConfig) -> tuple[str, dict[str, bool]]:
+    """Name of a model for the library, a local folder (never asks the network) or a hub name, and how it may be read."""
+    path = str(smollm2.converted_folder()) if config.path == "smollm2" else config.path
     local = Path(path).expanduser()
     name = str(local) if local.is_dir() else path
-    source = {"local_files_only": local.is_dir(), "trust_remote_code": config.trust_remote_code}
+    return name, {"local_files_only": local.is_dir(), "trust_remote_code": config.trust_remote_code}
+
+
+def _pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Weights from safetensors only."""
+    name, source = _source(config)
+    path, local = (name if config.path == "smollm2" else config.path), Path(name).expanduser()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -121,6 +121,7 @@ def _play(
     games = [(trace.task.id, _credit(run, trace, turn, how, settings)) for trace, turn in played]
     requests: Counter[str] = Counter()
     found = play_games(run.engine, games, max_live=max(1, run.config.rollout.max_rows // 8), requests=requests)
+    run.serve_others()
     lines = [json.dumps([number, rewards]) for number, rewards in zip(mine, found, strict=True)]
     rewards = dict(json.loads(line) for line in gather_lines(run.world, lines))
     costs = [json.loads(line) for line in gather_lines(run.world, [json.dumps(requests)])]

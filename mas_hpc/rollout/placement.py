@@ -10,7 +10,7 @@ from typing import Literal
 from rich.table import Table
 
 from mas_hpc.config_team import TeamConfig
-from mas_hpc.errors import ConfigError, LaunchError
+from mas_hpc.errors import LaunchError
 
 Mode = Literal["auto", "colocated", "sharded"]
 KEY = "rollout.placement"
@@ -67,16 +67,6 @@ def place(models: Sequence[ServedModel], *, ranks: int, mode: Mode, hosts: Seque
     groups = _side_by_side(_num_ranks(models, ranks), hosts or [""] * ranks)
     owners = {policy: group for model, group in zip(models, groups, strict=True) for policy in model.policies}
     return Placement(mode="sharded", owners=owners)
-
-
-def check_served(placement: Placement, policies: Sequence[str]) -> None:
-    """Raise ConfigError for a policy that no rank serves."""
-    missing = sorted({policy for policy in policies if not placement.owners.get(policy)})
-    if missing:
-        raise ConfigError(
-            f"{KEY}={placement.mode}: no rank serves the policies {missing}; expected policies among "
-            f"{sorted(placement.owners)}: correct the agents' policy, or name a model for it in team.models"
-        )
 
 
 def turns_by_agent(team: TeamConfig) -> dict[str, int]:
