@@ -51,8 +51,8 @@ def vllm_engine(
     """Start vLLM on a saved model; `policies` maps each to its PEFT adapter's folder, and is empty without adapters.
 
     Both are what `save_for_serving` wrote and may be removed afterwards.
-    Raises ConfigError without vLLM, and for what it cannot serve: speaker scope, float64, temperatures between 0 and
-    COLDEST, and whatever vLLM itself refuses, such as the head size of the default tiny model on a CPU.
+    Raises ConfigError without vLLM, and for what it cannot serve: speaker scope, float64, ranks beyond 512, temperatures
+    between 0 and COLDEST, and whatever vLLM itself refuses, such as the head size of the default tiny model on a CPU.
     """
     check(config)
     if importlib.util.find_spec("vllm") is None:
@@ -77,6 +77,8 @@ def check(config: RunConfig) -> None:
         )
     if config.model.dtype == "float64":
         raise ConfigError("model.dtype=float64: vLLM serves float32 and bfloat16; choose one, or set rollout.engine=native")
+    if config.adapters.policies == "per_agent" and config.adapters.rank > LORA_RANKS[-1]:
+        raise ConfigError(f"adapters.rank={config.adapters.rank}: vLLM has kernels up to rank {LORA_RANKS[-1]}; lower it")
     temperatures = {"rollout.temperature": config.rollout.temperature}
     temperatures |= {f"evaluation.temperatures[{i}]": value for i, value in enumerate(config.evaluation.temperatures)}
     for key, temperature in temperatures.items():
@@ -109,6 +111,8 @@ def _start(config: RunConfig, model_folder: Path, policies: Mapping[str, Path]) 
             use_tqdm_on_load=False, **extra,
         ).create_engine_config()  # fmt: skip
         settings.parallel_config.distributed_executor_backend = "uni"
+        if on_cpu:
+            _check_head_size(settings.model_config.get_head_size())
         engine = LLMEngine(settings, Executor.get_class(settings), log_stats=False, multiprocess_mode=False)
     except (ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:400]
@@ -119,6 +123,15 @@ def _start(config: RunConfig, model_folder: Path, policies: Mapping[str, Path]) 
     engine.engine_core._finalizer.detach()
     gc.unfreeze()
     return engine
+
+
+def _check_head_size(width: int) -> None:
+    """Raise ValueError when vLLM's CPU kernels do not know the width; they would fail at the first request."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if width not in known:
+        raise ValueError(f"its attention heads are {width} wide, on a CPU expected one of {known}; see model.num_heads of tiny")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -332,9 +332,21 @@ def test_a_machine_without_vllm_is_told_what_to_install(tokenizer, monkeypatch, 
         vllm_engine(vllm_config(), tmp_path, tokenizer, {})
 
 
-def test_a_model_that_vllm_cannot_serve_is_named(needs_vllm, tokenizer, tmp_path: Path):
+def test_ranks_without_kernels_are_refused():
+    with pytest.raises(ConfigError, match=r"adapters.rank=513: vLLM has kernels up to rank 512"):
+        check(vllm_config(policies="per_agent", rank=513))
+
+
+def test_a_folder_without_model_is_named(needs_vllm, tokenizer, tmp_path: Path):
     with pytest.raises(ConfigError, match=f"vLLM cannot serve {tmp_path}"):
         vllm_engine(vllm_config(), tmp_path, tokenizer, {})
+
+
+def test_the_default_tiny_model_is_told_that_its_heads_are_too_narrow(needs_vllm, tmp_path: Path):
+    config = vllm_config()
+    folder, _ = save_for_serving(*load_model(config.model, seed=0), None, tmp_path)
+    with pytest.raises(ConfigError, match=r"attention heads are 16 wide, on a CPU expected one of \[32, "):
+        vllm_engine(config, folder, load_model(config.model, seed=0)[1], {})
 
 
 # ---- beside a trainer
