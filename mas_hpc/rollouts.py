@@ -24,6 +24,8 @@ from mas_hpc.types import Task, Trace, Turn
 
 LEAVE_S = 10.0
 """Ranks leave a phase that far apart at most: a poll of their engines."""
+SYNC_S = 1.0
+"""Traces are forced to disk that often: once each would take longer than a small model needs to sample them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +64,12 @@ def play_counted(
     known = _known(run, tasks, how) if keep and run.resumes else {}
     left = [job for job in range(len(tasks) * how.sampling.episodes) if job not in known]
     jobs = dealt(run.world, label, left, stall_s=run.config.rollout.stall_s, encode=_to_line, decode=trace_store.from_json)
-    held: list[Trace] = []
+    keeper = _Keeper(file, at_once=keep)
     progress, advance = run.progress(label, -(-len(left) // run.world.size), shown=bar)
 
     def on_trace(trace: Trace) -> None:
-        held.append(trace)
+        keeper.take(trace)
         advance()
-        if keep:
-            trace_store.write(file, [trace])
 
     live = max(1, run.config.rollout.max_rows // how.sampling.group_size)
     count = meter(run, label)
@@ -80,9 +80,9 @@ def play_counted(
                 starts=starts,
             )  # fmt: skip
     except (KeyboardInterrupt, MasHpcError):
-        if not keep:
-            trace_store.write(file, held)
+        keeper.write_all()
         raise
+    keeper.close()
     fresh = jobs.results()
     account = count([fresh[job] for job in sorted(fresh)])
     traces = known | fresh
@@ -161,6 +161,35 @@ def meter(run: Run, label: str) -> Callable[[Sequence[Trace]], Account]:
 
 
 # ---- what is on disk
+
+
+class _Keeper:
+    """This rank's traces of a phase: appended to its file as they end, or held until somebody else has them."""
+
+    def __init__(self, file: Path, *, at_once: bool) -> None:
+        self._file, self._at_once = file, at_once
+        self._held: list[Trace] = []
+        self._synced_s, self._is_synced = -SYNC_S, True
+
+    def take(self, trace: Trace) -> None:
+        """Append a trace, so that it outlives this rank; every SYNC_S, so that those before it outlive the host."""
+        if not self._at_once:
+            self._held.append(trace)
+            return
+        now_s = time.monotonic()
+        self._is_synced = now_s - self._synced_s >= SYNC_S
+        trace_store.write(self._file, [trace], sync=self._is_synced)
+        self._synced_s = now_s if self._is_synced else self._synced_s
+
+    def write_all(self) -> None:
+        """Append what is held, since nobody will have it."""
+        if self._held:
+            trace_store.write(self._file, self._held)
+
+    def close(self) -> None:
+        """Force to disk what was appended."""
+        if not self._is_synced:
+            trace_store.write(self._file, [])
 
 
 def finished(folder: Path, tasks: Sequence[Task], how: Play) -> dict[int, Trace]:

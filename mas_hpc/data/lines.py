@@ -14,9 +14,10 @@ from mas_hpc.errors import DataError
 _logger = logging.getLogger(__name__)
 
 
-def append(path: str | Path, lines: Sequence[str], *, noun: str) -> None:
-    """Append the lines (ASCII, without newlines), each in one write, and force them to disk. One writer a file.
+def append(path: str | Path, lines: Sequence[str], *, noun: str, sync: bool = True) -> None:
+    """Append the lines (ASCII, without newlines), each in one write. One writer a file.
 
+    The lines outlive this process as they are; with `sync`, they and those before them are forced to disk and outlive the host.
     Raises DataError when the file cannot be written, such as on a full disk: the lines before stay intact.
     """
     file = Path(path)
@@ -26,7 +27,8 @@ def append(path: str | Path, lines: Sequence[str], *, noun: str) -> None:
             _mend_tail(stream)
             for line in lines:
                 _write_line(stream, line.encode("ascii") + b"\n")
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
     except OSError as error:
         raise DataError(
             f"{file}: cannot append {noun}: {error.strerror}; expected a writable file and free space. "

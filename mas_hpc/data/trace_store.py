@@ -47,12 +47,12 @@ def from_json(line: str | bytes, where: str = "trace") -> Trace:
 _EXPECTED = "expected a line written by this version's trace store; remove the line, or the file, and collect again"
 
 
-def write(path: str | Path, traces: Sequence[Trace]) -> None:
-    """Append the traces, each in one write, and force them to disk. One writer a file.
+def write(path: str | Path, traces: Sequence[Trace], *, sync: bool = True) -> None:
+    """Append the traces, each in one write, and force the file to disk unless `sync` is off. One writer a file.
 
     Raises DataError when the file cannot be written, such as on a full disk: the lines before stay intact.
     """
-    lines.append(path, [to_json(trace) for trace in traces], noun="traces")
+    lines.append(path, [to_json(trace) for trace in traces], noun="traces", sync=sync)
 
 
 def read(path: str | Path, wanted: Container[int] | None = None) -> Iterator[Trace]:

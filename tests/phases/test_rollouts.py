@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +23,8 @@ from mas_hpc.distributed.tickets import open_tickets
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import ConfigError, DataError, RolloutError
 from mas_hpc.orchestration.sampling import Sampling
+from mas_hpc.rollout.engine import Request
+from mas_hpc.rollout.scripted import ScriptedEngine
 from mas_hpc.rollouts import Played, finished, how_to_play, play_all, play_counted
 from mas_hpc.run import Run, build, claim_folder, write_config
 from mas_hpc.training.log import MetricsLog
@@ -120,6 +123,35 @@ def test_what_a_rank_handed_in_and_did_not_live_to_write_is_written_by_the_first
     assert tickets.finish(job, trace_store.to_json(replace(alone[job], label="many")).encode())
     assert names(episodes(first).traces) == names(alone)
     assert sorted(names(written(folder))) == sorted(names(alone))
+
+
+@pytest.mark.parametrize(("every_s", "expected"), [(1e9, 2), (0.0, 16)])
+def test_traces_are_forced_to_disk_now_and_then_and_at_the_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, every_s: float, expected: int
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(len(os.pread(file, 1 << 30, 0).splitlines())))
+    monkeypatch.setattr(rollouts, "SYNC_S", every_s)
+    run, _ = spoken_for(opened(folder), VARYING)
+    episodes(run)
+    assert len(synced) == expected and synced[-1] == 16 and len(written(folder)) == 16
+
+
+def test_an_interruption_keeps_what_nobody_has_yet(folder: Path, alone: list[Trace]) -> None:
+    asked: list[Request] = []
+
+    def interrupted(request: Request) -> str:
+        asked.append(request)
+        if len(asked) > 20:
+            raise KeyboardInterrupt
+        return "0120"
+
+    run = opened(folder)
+    with pytest.raises(KeyboardInterrupt):
+        episodes(replace(run, engine=ScriptedEngine(interrupted, run.tokenizer)), keep=False)
+    kept = written(folder)
+    assert sorted(names(kept)) == sorted(names(alone)) and all(len(trace.turns) == 1 for trace in kept)
+    assert {trace.label for trace in kept} == {"many:unfinished"}
 
 
 # ---- after a restart
