@@ -184,7 +184,7 @@ def _assemble(
     train_tasks, test_tasks = load_tasks(config.data) if tasks else ((), ())  # type: ignore[arg-type]
     placement = place_models(config, world, console, mode)
     served = placement.policies_of(world.rank)
-    if trains or has_shared_model(config, served):
+    if trains or placement.mode == "colocated" or has_shared_model(config, served):
         with console.status(f"loading {config.model.path} ..."):
             model, tokenizer = load_model(config.model, seed=config.seed)
         if config.model.activation_checkpointing:

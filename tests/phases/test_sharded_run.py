@@ -121,3 +121,11 @@ def test_a_model_that_is_not_there_is_named_by_its_key(tmp_path: Path) -> None:
     config = config_of(tmp_path, tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"team.models.other='.*nowhere': not tiny or smollm2, no such folder"):
         place_models(config, World(size=2), Console(quiet=True), "auto")
+
+
+def test_a_team_whose_agents_all_have_models_of_their_own_is_played_by_them(tmp_path: Path, other: Path) -> None:
+    team = "team={topology: debate, agents: [{name: ada, policy: one}, {name: ben, policy: two}], models: {one: %s, two: %s}}"
+    config = config_of(tmp_path, other, team % (other, other))
+    assert place_models(config, World(size=2), Console(quiet=True), "auto").owners == {"one": (0,), "two": (1,)}
+    run = build(config, World(), Console(quiet=True), trains=False)
+    assert run.other_models.keys() == {"one", "two"}
