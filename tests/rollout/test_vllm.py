@@ -163,6 +163,25 @@ def test_shared_prefixes_are_prefilled_once(vllm_plain):
     assert shared > 0 and done.decoded_tokens == 4
 
 
+def test_rows_that_were_set_back_for_want_of_room_continue_as_they_would_have(vllm_plain, tokenizer, tmp_path, monkeypatch):
+    config = vllm_config().model_copy(update={"rollout": RolloutConfig(engine="vllm", kv_gib=0.0003, max_rows=8)})
+    folder, _ = save_for_serving(small_model(), tokenizer, None, tmp_path)
+    tight = vllm_engine(config, folder, tokenizer, {})
+    scheduler, set_back = tight._engine.engine_core.engine_core.scheduler, []
+    preempt = scheduler._preempt_request
+
+    def counted(*given, **named) -> None:
+        set_back.append(given)
+        preempt(*given, **named)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", counted)
+    requests = asked(count=8, max_new_tokens=50)
+    preempted = tight.generate(requests)
+    assert [c.token_ids for c in preempted] == [c.token_ids for c in vllm_plain.generate(requests)]
+    assert_logprobs_are(small_model().double(), requests, preempted)
+    assert set_back
+
+
 # ---- adapters
 
 
