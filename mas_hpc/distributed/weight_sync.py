@@ -31,9 +31,9 @@ from mas_hpc.errors import MasHpcError, RolloutError
 
 WeightTransport = Literal["auto", "shared", "mpi", "group"]
 
-BLOCK_BYTES = 16 << 20
-"""Tensors travel in blocks of this size: large enough for bandwidth, small enough for the cache between copy and checksum."""
-BLOCKS_AHEAD = 4
+BLOCK_BYTES = 32 << 20
+"""Tensors travel in blocks of this size: with 1 MiB they cost a third more CPU time."""
+BLOCKS_AHEAD = 2
 """How far the sender may be ahead of the slowest receiver."""
 
 

@@ -98,6 +98,16 @@ def test_an_engine_that_holds_something_else_is_named_on_every_rank(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transport", ["group", "file"])
+def test_of_two_engines_only_the_spoilt_one_is_named_and_both_go_on(torchrun: Found, transport: str) -> None:
+    sender, spoilt, sound = (found[f"two by {transport}"] for found in torchrun)
+    assert sender["1"] == spoilt["1"] == sound["1"]
+    assert sender["2"] == spoilt["2"] == sound["2"]
+    assert "rank 1 holds" in sender["2"] and "rank 2 holds" not in sender["2"]
+    assert sender["3"] == sender["expected"] == spoilt["held"] == sound["held"]
+
+
+@pytest.mark.slow
 def test_shards_are_gathered_on_the_way_to_another_rank_and_beside_the_trainer(torchrun: Found) -> None:
     first, second, engine = (found["sharded"] for found in torchrun)
     assert (first["rows"], second["rows"]) == (4, 3)

@@ -101,6 +101,18 @@ def pushes(world: World, transport: str) -> dict[str, object]:
     return found
 
 
+def two_engines(world: World, transport: str) -> dict[str, object]:
+    """Rank 1 spoils the second of three pushes, rank 2 never does."""
+    sync = open_sync(world, sender=0, receivers=[1, 2], timeout_s=60, transport=transport, block_bytes=BLOCK_BYTES)
+    engine, found = Engine(), {}
+    for version in (1, 2, 3):
+        engine.spoil = "flip" if world.rank == 1 and version == 2 else ""
+        found[str(version)] = one_push(sync, world, version, model_of(version), engine)
+    assert sync is not None
+    sync.close()
+    return {**found, "held": sums(engine.model), "expected": sums(model_of(3))}
+
+
 def sharded(world: World) -> dict[str, object]:
     """Ranks 0 and 1 hold an FSDP2 model in float32; rank 2 serves it in bfloat16."""
     sync = open_one(world, "shared", receiver=2)
@@ -165,6 +177,8 @@ def scenarios(world: World) -> dict[str, Callable[[], dict[str, object]]]:
     return {
         "group": lambda: pushes(world, "group"),
         "file": lambda: pushes(world, "auto"),
+        "two by group": lambda: two_engines(world, "group"),
+        "two by file": lambda: two_engines(world, "shared"),
         "sharded": lambda: sharded(world),
         "absences": lambda: absences(world, "group"),
     }
