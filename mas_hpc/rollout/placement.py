@@ -91,7 +91,7 @@ def placement_table(placement: Placement, models: Sequence[ServedModel], hosts: 
     for model in models:
         group = placement.owners[model.policies[0]]
         table.add_row(
-            model.name, ", ".join(model.policies), f"{model.num_parameters / 1e6:,.1f} M", f"{model.load / total:.0%}",
+            model.name, ", ".join(model.policies), f"{model.num_parameters:,}", f"{model.load / total:.0%}",
             _where(group, hosts),
         )  # fmt: skip
     return table

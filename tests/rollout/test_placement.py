@@ -133,4 +133,4 @@ def test_the_table_shows_each_model_with_its_ranks_by_host() -> None:
     text = console.file.getvalue()
     assert "placement: sharded" in text
     assert "solver, critic" in text and "x0: 0-1; x1: 2" in text and "75%" in text
-    assert "x1: 3" in text and "1.0 M" in text
+    assert "x1: 3" in text and "1,000,000" in text
