@@ -194,7 +194,8 @@ def credit(  # noqa: PLR0913 (options of the command line)
     from mas_hpc.phases.credit import CreditOptions
     from mas_hpc.phases.credit import credit as credit_run
     from mas_hpc.phases.credit_results import print_credit
-    from mas_hpc.run import reopen
+    from mas_hpc.run import policy_version, reopen
+    from mas_hpc.serving import serve
 
     options = CreditOptions(
         method=method, value=value, replays=replays, traces=traces, limit=limit, localizer=localizer, epsilon=epsilon,
@@ -202,7 +203,7 @@ def credit(  # noqa: PLR0913 (options of the command line)
     )  # fmt: skip
     with connected(World.from_env()) as world:
         console = Console(quiet=not world.is_first, soft_wrap=True)
-        run = reopen(folder, world, console)
+        run = serve(reopen(folder, world, console), policy_version(folder))
         results = credit_run(run, options)
         print_credit(console, results, folder)
         _report(run)

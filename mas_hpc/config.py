@@ -200,9 +200,9 @@ class RolloutConfig(Section):
     max_rows: Positive = 256
     """Sequences decoded together; waiting requests replace finished ones."""
     prefill_chunk: Positive = 512
-    """Most prompt tokens that are run beside one decoding step; bounds how long decoding rows wait for a long prompt."""
+    """native: most prompt tokens that are run beside a decoding step; bounds how long rows wait for a long prompt."""
     kv_gib: PositiveFloat = 4.0
-    """Keys and values that the native engine may hold, in GiB; prefixes that nobody reads are dropped first."""
+    """Keys and values that an engine may hold, in GiB; prefixes that nobody reads are dropped first."""
     stall_s: PositiveFloat = 300.0
     """A rank without a sign of life for so long gives its tickets back, and waiting for it is an error that names it."""
     num_tasks: Positive = 64

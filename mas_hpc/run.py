@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from mas_hpc.config_file import load_config
 from mas_hpc.config_methods import OnlineConfig
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.exchange import gather_lines
-from mas_hpc.distributed.transport import Transport, open_transport
+from mas_hpc.distributed.transport import open_transport
 from mas_hpc.distributed.world import World
+from mas_hpc.engines import Shards, build_engine, has_shared_model
 from mas_hpc.errors import CheckpointError, ConfigError, DataError
 from mas_hpc.evaluation.rewards import VerifiableJudge
 from mas_hpc.models.adapters import AdapterBank
@@ -27,25 +28,13 @@ from mas_hpc.models.heads import ScalarHead
 from mas_hpc.models.load import checkpoint_activations, count_parameters, load_model, load_tokenizer
 from mas_hpc.orchestration.episode import Team
 from mas_hpc.rollout.engine import RolloutEngine
-from mas_hpc.rollout.native.engine import NativeEngine
 from mas_hpc.rollout.placement import Mode, Placement, place, placement_table
-from mas_hpc.rollout.router import RoutedEngine
 from mas_hpc.rollout.sharded import ShardedEngine
+from mas_hpc.rollout.vllm import check as check_vllm
 from mas_hpc.teams import build_team, served_models
 from mas_hpc.training.log import MetricsLog
 from mas_hpc.training.network import Network
 from mas_hpc.types import Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shards:
-    """Which ranks serve which policies, and the messages between their engines.
-
-    Example: Shards(placement=placement, transport=open_transport(world, timeout_s=300.0))
-    """
-
-    placement: Placement
-    transport: Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +55,8 @@ class Run:
     shards: Shards | None
     """How the ranks serve each other; None where each serves itself."""
     engine: RolloutEngine
+    copy: RolloutEngine | None = None
+    """The engine of a copy of the trained model, which is a part of `engine`; None where the model itself serves."""
     team: Team
     train_tasks: tuple[Task, ...]
     test_tasks: tuple[Task, ...]
@@ -182,6 +173,8 @@ def _assemble(
 ) -> Run:
     """Load everything, then claim the folder: a mistake leaves no empty one behind."""
     train_tasks, test_tasks = load_tasks(config.data) if tasks else ((), ())  # type: ignore[arg-type]
+    if config.rollout.engine == "vllm":
+        check_vllm(config)
     placement = place_models(config, world, console, mode)
     served = placement.policies_of(world.rank)
     if trains or placement.mode == "colocated" or has_shared_model(config, served):
@@ -246,27 +239,6 @@ def _blaming(key: str) -> Iterator[None]:
         yield
     except (ConfigError, CheckpointError) as error:
         raise type(error)(str(error).replace("model.path=", f"{key}=", 1)) from None
-
-
-def has_shared_model(config: RunConfig, policies: Sequence[str]) -> bool:
-    """Whether some of these policies have no model of their own."""
-    return any(policy not in config.team.models for policy in policies)
-
-
-def build_engine(
-    config: RunConfig, model: Any, tokenizer: Any, other_models: Mapping[str, Any], shards: Shards | None,
-    bank: AdapterBank | None = None,
-) -> RolloutEngine:  # fmt: skip
-    """An engine of each model that this rank serves: of `model` unless other ranks do, and of every one with its own policy."""
-    rows = config.rollout.max_rows
-    main: RolloutEngine | None = None
-    if shards is None or has_shared_model(config, shards.placement.policies_of(shards.transport.rank)):
-        main = NativeEngine(model, tokenizer, bank=bank, scope=config.adapters.scope, max_rows=rows)
-    own = {policy: NativeEngine(other, tokenizer, max_rows=rows) for policy, other in other_models.items()}
-    local = main if main is not None and not own else RoutedEngine(main, own)
-    if shards is None:
-        return local
-    return ShardedEngine(local, shards.placement, shards.transport, stall_s=config.rollout.stall_s)
 
 
 def check_world(config: RunConfig, world: World) -> None:

@@ -32,7 +32,7 @@ ALLOWED = {
     "distributed": {"config"},
     "training": {"config", "credit_assignment", "data", "distributed", "models"},
 }
-FREE = {"run", "rollouts", "teams", "phases", "cli", "plan", "__main__"}
+FREE = {"run", "rollouts", "engines", "serving", "teams", "phases", "cli", "plan", "__main__"}
 
 
 def sources() -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -70,6 +71,15 @@ def count_parameters(config: ModelConfig) -> int:
         shape = AutoConfig.from_pretrained(name, **source)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code).num_parameters()
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loadable(config.path, Path(name), error)) from None
+
+
+def model_folder(config: ModelConfig) -> Path:
+    """Where the model lies on this machine, fetched from the hub if it must be. Raises ConfigError as load_model does."""
+    name, _ = _source(config)
+    try:
+        return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
     except (OSError, ValueError) as error:
         raise ConfigError(_not_loadable(config.path, Path(name), error)) from None
 

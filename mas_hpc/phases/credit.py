@@ -18,6 +18,7 @@ from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings, def
 from mas_hpc.data import trace_store
 from mas_hpc.data.value_store import ValueStore
 from mas_hpc.distributed.exchange import gather_lines
+from mas_hpc.engines import native_engine
 from mas_hpc.errors import ConfigError, DataError
 from mas_hpc.orchestration.episode import Play, Steps
 from mas_hpc.orchestration.replay import ValueFunction
@@ -28,7 +29,6 @@ from mas_hpc.phases.localize import Localizer, Located, find_faults
 from mas_hpc.phases.replays import Game, play_games
 from mas_hpc.phases.reward import load_reward_model
 from mas_hpc.rollout.engine import BASE_POLICY
-from mas_hpc.rollout.native.engine import NativeEngine
 from mas_hpc.rollout.router import RoutedEngine
 from mas_hpc.rollouts import how_to_play
 from mas_hpc.run import Run, load_other, policy_version
@@ -214,7 +214,7 @@ def _with_base(run: Run, options: CreditOptions) -> Run:
         return run
     if options.base:
         model = load_other(run.config, options.base, run.tokenizer, "--base")
-        engine = NativeEngine(model, run.tokenizer, max_rows=run.config.rollout.max_rows)
+        engine = native_engine(run.config, model, run.tokenizer)
         others = {**run.other_models, BASE_POLICY: model}
         return replace(run, engine=RoutedEngine(run.engine, {BASE_POLICY: engine}), other_models=others)
     if run.bank is None:

@@ -33,6 +33,7 @@ from mas_hpc.phases.monitor import Monitor
 from mas_hpc.phases.reward import load_reward_model, read_card, rewarded
 from mas_hpc.rollouts import how_to_play, play_all, play_counted
 from mas_hpc.run import Run
+from mas_hpc.serving import push
 from mas_hpc.training.learner import Learner
 from mas_hpc.training.losses.kl import kl_estimate
 from mas_hpc.training.methods import policy_objective
@@ -51,10 +52,10 @@ def fit_online_method(run: Run, method: OnlineMethod) -> Network:
     ) as monitor:  # fmt: skip
         loop = Online(
             collect=trainer.collect, credit=trainer.credit, learn=trainer.learn, log=monitor.log, look=monitor.look,
-            push=lambda version: run.engine.load(version=version),
+            push=partial(push, run),
         )  # fmt: skip
         fit_online(loop, range(method.steps))
-    run.engine.load(version=method.steps + 1)  # the best weights may not be the last
+    push(run, method.steps + 1)  # the best weights may not be the last
     return trainer.network
 
 

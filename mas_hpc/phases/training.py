@@ -10,6 +10,7 @@ from mas_hpc.phases import online
 from mas_hpc.phases.offline import fit_offline_method
 from mas_hpc.phases.reward import save_card, step_separator
 from mas_hpc.run import Run, with_adapters
+from mas_hpc.serving import push, serve
 from mas_hpc.training.checkpoint import save
 from mas_hpc.training.network import Network
 
@@ -21,11 +22,11 @@ def check(run: Run) -> None:
 
 
 def warm_up(run: Run) -> Run:
-    """The warm start of the base model, then the adapters on top of it; each only if configured."""
+    """The warm start of the base model and the adapters on top of it, each only if configured; then the engine that serves."""
     warm_start = run.config.warm_start
     if warm_start and warm_start.steps:
         fit_offline_method(run, warm_start, "warm_start")
-    return with_adapters(run) if run.config.adapters.policies == "per_agent" else run
+    return serve(with_adapters(run) if run.config.adapters.policies == "per_agent" else run)
 
 
 def keep(run: Run) -> Run:
@@ -46,7 +47,7 @@ def train(run: Run) -> None:
     method = run.config.method
     if isinstance(method, OfflineConfig):
         network = fit_offline_method(run, method, "train")
-        run.engine.load(version=1)
+        push(run, 1)
     else:
         network = replace(online.fit_online_method(run, method), head=None)  # the critic's work is done
     if run.world.is_first:

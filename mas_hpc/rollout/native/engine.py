@@ -252,7 +252,8 @@ class NativeEngine(RolloutEngine):
         tails, tree = self._layout.attend.tails, self._scheduler.tree
         place = {id(row): i for i, row in enumerate(self._layout.rows)}
         sources: list[tuple[int, int, int]] = []  # row, column, slot
-        for row in (row for row in rows if id(row) in place and row.prompt.leaf is not None):
+        for row in (row for row in rows if id(row) in place):
+            assert row.prompt.leaf is not None
             column = tails.columns(place[id(row)])
             sampled = row.token_ids[len(row.token_ids) - row.num_decoded :][: len(column)]
             if sampled and tree.make_room(len(sampled)):

@@ -34,8 +34,8 @@ class Runner:
 
     def prefill(self, chunk: Chunk, pool: KVPool) -> Tensor:
         """Run a chunk; return the hidden states of its new tokens, [N, E]."""
-        attend = PrefillAttention(chunk, pool)
-        return self._hidden(*(self._tensor(row) for row in (chunk.token_N, chunk.position_N, chunk.adapter_N)), attend)
+        token_N, position_N, adapter_N = self._columns(chunk)
+        return self._hidden(token_N, position_N, adapter_N, PrefillAttention(chunk, pool))
 
     def decode(self, token_B: Sequence[int], position_B: Tensor, adapter_B: Tensor, attend: DecodeAttention) -> Tensor:
         """Feed one token a row; return hidden states, [B, E]."""
@@ -48,8 +48,11 @@ class Runner:
         """A chunk and a decoding step as one pass over the weights; hidden states of both."""
         attend.tails.advance()
         mixed = MixedAttention(PrefillAttention(chunk, pool), len(chunk), attend)
-        columns = ((chunk.token_N, self._tensor(token_B)), (chunk.position_N, position_B), (chunk.adapter_N, adapter_B))
-        hidden_TE = self._hidden(*(torch.cat([self._tensor(first), second]) for first, second in columns), mixed)
+        token_N, position_N, adapter_N = self._columns(chunk)
+        hidden_TE = self._hidden(
+            torch.cat([token_N, self._tensor(token_B)]), torch.cat([position_N, position_B]), torch.cat([adapter_N, adapter_B]),
+            mixed,
+        )  # fmt: skip
         return hidden_TE[: len(chunk)], hidden_TE[len(chunk) :]
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
@@ -62,6 +65,9 @@ class Runner:
 
     def _route(self, adapter_T: Tensor) -> AbstractContextManager[None]:
         return nullcontext() if self._bank is None else self._bank.route(adapter_T)
+
+    def _columns(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        return self._tensor(chunk.token_N), self._tensor(chunk.position_N), self._tensor(chunk.adapter_N)
 
     def _tensor(self, values: Sequence[int] | IntArray) -> Tensor:
         return torch.as_tensor(values, device=self._device)
@@ -99,7 +105,8 @@ class MixedAttention:
 
     def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
         """Return the attended values, [T, H, D]."""
-        heads = (query_HTD, key_KTD, value_KTD)
-        new = self._prefill(layer, *(part[:, : self._count] for part in heads), scaling)
-        rows = self._decode(layer, *(part[:, self._count :] for part in heads), scaling)
+        heads, count = (query_HTD, key_KTD, value_KTD), self._count
+        new_heads, row_heads = [part[:, :count] for part in heads], [part[:, count:] for part in heads]
+        new = self._prefill(layer, new_heads[0], new_heads[1], new_heads[2], scaling)
+        rows = self._decode(layer, row_heads[0], row_heads[1], row_heads[2], scaling)
         return torch.cat([new, rows])
