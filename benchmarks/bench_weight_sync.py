@@ -48,7 +48,7 @@ NOTES = {
     "gb_per_s": "538 MB over the median wall time of 9 repeats in alternation (ours, peer, ours, ...), from a barrier until "
     "both ranks are done; the first push, which makes the buffers, is not counted. Other load lowers it",
     "cpu_s": "process CPU seconds of both ranks together, median of the same repeats",
-    "flat": "one broadcast of a buffer that already holds all parameters in a row, on both sides: no packing, no unpacking",
+    "flat": "one broadcast of a buffer that both sides keep all parameters in: no packing, no checksum; held to half of it",
     "checksum": "XXH3 over the same parameters alone, one rank; ours contains it once on each side",
 }
 
