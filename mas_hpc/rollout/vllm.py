@@ -92,6 +92,7 @@ def _start(config: RunConfig, model_folder: Path, policies: Mapping[str, Path]) 
     from vllm.platforms import current_platform
     from vllm.v1.executor import Executor
 
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     on_cpu = current_platform.is_cpu()
     extra: dict[str, Any] = {}
     if policies:
@@ -117,7 +118,7 @@ def _start(config: RunConfig, model_folder: Path, policies: Mapping[str, Path]) 
     except (ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ConfigError(f"rollout.engine=vllm: vLLM cannot serve {model_folder} ({reason})") from error
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # after vLLM has set up its own
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # again: with its engine vLLM has set up its own
     # At the engine's end it would destroy the default process group, which may be the trainer's; what it has frozen would
     # never be collected. Without either, the engine is freed like any object.
     engine.engine_core._finalizer.detach()
