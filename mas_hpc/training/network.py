@@ -24,8 +24,8 @@ from mas_hpc.distributed.world import World
 from mas_hpc.errors import ConfigError
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.attention import hidden_states
+from mas_hpc.models.flex_attention import tree_attention
 from mas_hpc.models.heads import ScalarHead
-from mas_hpc.models.tree_attention import TreeAttention
 from mas_hpc.training.share import share
 from mas_hpc.types import Sample
 
@@ -76,7 +76,7 @@ class Network:
             raise ConfigError(
                 "the samples name an adapter, but the model has no adapter bank: build one or pack with adapters={}"
             )
-        attend = TreeAttention(tree.leave_T, device=tree.leave_T.device)
+        attend = tree_attention(tree.leave_T, device=tree.leave_T.device)
         route = nullcontext() if self.bank is None else self.bank.route(None if base else tree.adapter_T)
         with route, self._training_mode():
             hidden_TD = hidden_states(self.model, tree.token_T, tree.position_T, attend, noise_TD=noise_TD)
