@@ -54,7 +54,10 @@ def make_run(tokenizer, behaviour) -> SimpleNamespace:
     team = Team(agents=agents, topology=Pipeline(agents=names), template=CompactTemplate(tokenizer))
     config = SimpleNamespace(seed=0, rollout=SimpleNamespace(temperature=1.0, max_rows=64))
     engine = ScriptedEngine(lambda request: behaviour(request, tokenizer), tokenizer)
-    return SimpleNamespace(config=config, team=team, engine=engine, judge=VerifiableJudge(), world=World(), other_models={})
+    return SimpleNamespace(
+        config=config, team=team, engine=engine, judge=VerifiableJudge(), world=World(), other_models={},
+        serve_others=lambda: None,
+    )  # fmt: skip
 
 
 def episodes(run: SimpleNamespace, sampling: Sampling) -> list[Trace]:
