@@ -180,3 +180,13 @@ def test_large_float32_weights_are_multiplied_in_another_layout_and_follow_updat
             for changed in (model, plain):
                 changed.model.layers[0].mlp.up_proj.weight.mul_(2)
     assert model.model.layers[0].mlp.up_proj.forward.__func__ is torch.nn.Linear.forward  # as it was
+
+
+def test_bfloat16_weights_give_the_log_probs_of_bfloat16(tokenizer) -> None:
+    model, plain = prepare(build("llama").bfloat16()), build("llama").bfloat16()
+    engine = NativeEngine(model, tokenizer, prefill_chunk=7)
+    first = [ask(prompt, seed=seed) for prompt in prompts(2, low=15) for seed in range(2)]
+    answers = engine.generate(first)
+    second = [follow_up(q, c, [1, 2, 3], seed=9) for q, c in zip(first, answers, strict=True)]
+    for request, completion in zip([*first, *second], [*answers, *engine.generate(second)], strict=True):
+        assert completion.logprobs == pytest.approx(plain_logprobs(plain, request, completion), abs=0.25)
