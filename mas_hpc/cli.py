@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, such as configs/quickstart.yaml", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, any number of them", show_default=False)]
+Resume = Annotated[
+    Path | None, typer.Option(help="folder of a run that was stopped: play only what is missing there", show_default=False)
+]
 
 
 @app.callback()
@@ -84,7 +87,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def rollout(config: ConfigFile, overrides: Overrides = None) -> None:
+def rollout(config: ConfigFile, overrides: Overrides = None, resume: Resume = None) -> None:
     """Run a team on questions and write its traces.
 
     Example: mas-hpc rollout configs/mas.yaml data.path=gsm8k/test.jsonl rollout.num_tasks=8
@@ -95,11 +98,11 @@ def rollout(config: ConfigFile, overrides: Overrides = None) -> None:
         evaluation.rollout(training.keep(training.warm_up(run)))
         _report(run)
 
-    _with_run(_playable(_load(config, overrides)), job, trains=False)
+    _with_run(_playable(_load(config, overrides)), job, trains=False, resume=resume)
 
 
 @app.command()
-def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+def evaluate(config: ConfigFile, overrides: Overrides = None, resume: Resume = None) -> None:
     """Measure a team, or a single agent, and its equal-token controls on held-out questions.
 
     Example: mas-hpc evaluate configs/mas.yaml data.path=gsm8k/test.jsonl evaluation.num_tasks=20
@@ -110,7 +113,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         run = training.keep(training.warm_up(run))
         _finish(run, evaluation.evaluate(run, ""))
 
-    _with_run(_playable(_load(config, overrides)), job, trains=False)
+    _with_run(_playable(_load(config, overrides)), job, trains=False, resume=resume)
 
 
 @app.command()
@@ -250,7 +253,7 @@ def _playable(config: RunConfig, *, pipeline: bool = False) -> RunConfig:
     return config
 
 
-def _with_run(config: RunConfig, job: Any, *, trains: bool = True) -> None:
+def _with_run(config: RunConfig, job: Any, *, trains: bool = True, resume: Path | None = None) -> None:
     """Join the ranks, build the run and do the job; say where the traces are when it is interrupted."""
     from rich.console import Console
 
@@ -259,7 +262,7 @@ def _with_run(config: RunConfig, job: Any, *, trains: bool = True) -> None:
 
     with connected(World.from_env()) as world:
         console = Console(quiet=not world.is_first, soft_wrap=True)
-        run = build(config, world, console, trains=trains)
+        run = build(config, world, console, resume, trains=trains)
         console.print(f"run folder: {run.folder}", highlight=False)
         try:
             job(run)
