@@ -11,10 +11,16 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from mas_hpc.config import AdapterConfig, RolloutConfig, RunConfig
@@ -58,6 +64,12 @@ def build(kind: str) -> PreTrainedModel:
             model = LlamaForCausalLM(LlamaConfig(**SIZES, **LLAMA))
         case "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**SIZES, **LLAMA, head_dim=8, tie_word_embeddings=True))
+        case "qwen2":
+            model = Qwen2ForCausalLM(Qwen2Config(**SIZES, **LLAMA))
+        case "mistral":
+            model = MistralForCausalLM(MistralConfig(**SIZES, **LLAMA, head_dim=16, sliding_window=None))
+        case "smollm3":
+            model = SmolLM3ForCausalLM(SmolLM3Config(**SIZES, **LLAMA, no_rope_layer_interval=2))
         case "gpt2":
             config = GPT2Config(
                 **SIZES,
@@ -73,7 +85,7 @@ def build(kind: str) -> PreTrainedModel:
     return model.double().eval()
 
 
-@pytest.fixture(params=["llama", "qwen3", "gpt2"])
+@pytest.fixture(params=["llama", "qwen3", "gpt2", "qwen2", "mistral", "smollm3"])
 def library_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return build(request.param)
 
