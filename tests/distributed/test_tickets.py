@@ -280,14 +280,16 @@ def test_a_record_says_what_the_supervisor_needs() -> None:
     assert later == replace(record, beat=record.beat + 1)
 
 
-def test_a_rank_is_supplied_with_three_quarters_of_its_share_and_the_last_jobs_one_by_one() -> None:
-    assert supply(0, 64, 2) == 24
-    assert supply(24, 16, 2) == 0  # it has 24 of a share of 32
-    assert supply(20, 16, 2) == 1
-    assert supply(10, 16, 2) == 4
-    assert supply(1, 2, 2) == 1
-    assert supply(0, 1, 64) == 1
-    assert supply(3, 0, 2) == 0
+def test_a_rank_is_supplied_with_most_of_its_share_and_the_last_jobs_one_by_one() -> None:
+    assert supply(live=0, finished=0, unassigned=64, count=64, size=2) == 29  # of 32
+    assert supply(live=29, finished=0, unassigned=35, count=64, size=2) == 0  # the rest is for the other
+    assert supply(live=0, finished=0, unassigned=35, count=64, size=2) == 29  # which gets as many
+    assert supply(live=19, finished=10, unassigned=6, count=64, size=2) == 1  # 20 of a share of 22
+    assert supply(live=4, finished=60, unassigned=10, count=128, size=2) == 3  # the other is slower: 7 of 7
+    assert supply(live=1, finished=63, unassigned=1, count=128, size=2) == 0
+    assert supply(live=0, finished=64, unassigned=1, count=128, size=2) == 1
+    assert supply(live=0, finished=0, unassigned=1, count=1, size=64) == 1
+    assert supply(live=3, finished=0, unassigned=0, count=64, size=2) == 0
 
 
 def test_one_rank_gets_everything_that_it_has_room_for() -> None:
