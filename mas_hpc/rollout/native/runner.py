@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.attention import Attend, hidden_states
-from mas_hpc.models.tree_attention import TreeAttention
+from mas_hpc.models.flex_attention import tree_attention
 from mas_hpc.prefix_tree import IntArray
 from mas_hpc.rollout.native.decode_attention import DecodeAttention
 from mas_hpc.rollout.native.kv_pool import KVPool
@@ -79,7 +79,7 @@ class PrefillAttention:
     def __init__(self, chunk: Chunk, pool: KVPool) -> None:
         device = pool.shape.device
         query_N = chunk.query_N
-        self._tree = TreeAttention(chunk.leave_F, queries=query_N, device=device)
+        self._tree = tree_attention(chunk.leave_F, queries=query_N, device=device)
         self._pool = pool
         stored = chunk.is_stored_N
         self._slot_N = torch.from_numpy(chunk.slot_F[query_N[stored]]).to(device)
