@@ -177,6 +177,7 @@ class Trainer:
     def credit(self, batch: Batch) -> tuple[list[Minibatch], Mapping[str, float]]:
         """Advantages of turns or tokens, cut into the minibatches of all passes; and the metrics of the batch."""
         credited, weighing = self._weighed(batch.step, self._credited(batch))
+        self.run.engine.sleep()
         samples = [sample for sample in to_samples(credited) if sample.policy not in self.run.config.team.models]
         metrics = {**batch_metrics(batch, self.method), **batch.credit, **weighing}
         metrics["tokens/sampled"] = batch.tokens + weighing.get("credit/tokens", 0.0)

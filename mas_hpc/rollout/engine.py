@@ -130,6 +130,13 @@ class RolloutEngine(Protocol):
         """Forget every request that has not been returned."""
         ...
 
+    def sleep(self) -> None:
+        """Give back memory that only requests need, for training to use; none is outstanding. The next request wakes it.
+
+        An engine that cannot keeps it.
+        """
+        return None
+
     def load(self, *, version: int, weights: Weights | None = None) -> str:
         """Serve `weights` (None: those that the trainer shares with the engine) as `version` from the next request on.
 

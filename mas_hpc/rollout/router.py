@@ -51,6 +51,11 @@ class RoutedEngine(RolloutEngine):
         ended = [(owner, own, completion) for owner in busy for own, completion in self._engines[owner].poll()]
         return [(self._numbers.pop((owner, own)), completion) for owner, own, completion in ended]
 
+    def sleep(self) -> None:
+        """All engines give back their memory."""
+        for engine in self._engines.values():
+            engine.sleep()
+
     def cancel(self) -> None:
         """Forget what every engine has outstanding."""
         self._numbers.clear()

@@ -156,6 +156,10 @@ class ShardedEngine(RolloutEngine):
         ended, self._ended = self._ended, []
         return ended
 
+    def sleep(self) -> None:
+        """The local engine gives back its memory."""
+        self._local.sleep()
+
     def cancel(self) -> None:
         """Forget own requests, and tell the owners; what the local engine does for others begins anew."""
         owners = {asked.owner for asked in self._asked.values()} - {self._rank}

@@ -93,6 +93,17 @@ def test_new_weights_are_never_read_with_old_keys(tokenizer) -> None:
         assert_same(engine.generate([request]), NativeEngine(model, tokenizer).generate([request]))
 
 
+def test_an_engine_that_slept_gives_the_same_and_has_given_its_memory_back(llama, tokenizer) -> None:
+    engine = NativeEngine(llama, tokenizer)
+    request = ask(prompts(1, low=15)[0], seed=3)
+    before = engine.generate([request])
+    assert engine._pool.num_bytes > 0
+    engine.sleep()
+    assert engine._pool.num_bytes == 0
+    assert_same(engine.generate([request]), before)
+    assert engine.stats.prefilled_tokens == 2 * len(request.prompt_ids)
+
+
 def test_what_does_not_fit_is_evicted_and_run_again(llama, plain, tokenizer) -> None:
     requests = [ask(prompt, seed=1) for prompt in prompts(12, low=15)]
     engine = NativeEngine(llama, tokenizer, kv_bytes=150 * TOKEN_BYTES)

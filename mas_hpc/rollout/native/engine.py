@@ -30,7 +30,7 @@ from mas_hpc.rollout.native.scheduler import Prompt, Row, Scheduler
 from mas_hpc.rollout.refusals import unknown_policy, unservable
 
 Scope = Literal["sequence", "speaker"]
-STEPS_PER_POLL = 16
+STEPS_PER_POLL = 8
 ALONE = 8
 """A chunk without decoding rows, which nobody waits for, may be so many times as long."""
 RELAYOUT = 8
@@ -91,11 +91,16 @@ class NativeEngine(RolloutEngine):
 
     def load(self, *, version: int, weights: Weights | None = None) -> str:
         """Serve `weights`, or the model's as they are now, as `version`; keys and values of the old ones are dropped."""
-        assert self._idle, "load while requests are outstanding"
-        self._version, self._seen_weights = version, -1
+        self._version = version
+        self.sleep()
+        return assign_weights(self._model, self._bank, weights) if weights is not None else ""
+
+    def sleep(self) -> None:
+        """Drop keys, values and the packed copy of the weights."""
+        assert self._idle, "sleep or load while requests are outstanding"
+        self._seen_weights = -1
         self._forget()
         self._runner.packed.clear()
-        return assign_weights(self._model, self._bank, weights) if weights is not None else ""
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Queue requests; one that cannot be served ends with finish="error".
