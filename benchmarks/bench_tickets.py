@@ -158,8 +158,8 @@ def tiny(world: World, fixed: bool) -> dict[str, float]:
 
 
 def smollm2(world: World, fixed: bool) -> dict[str, float]:
-    """32 questions, SmolLM2-135M."""
-    return rollout(world, "model.path=smollm2", "data.num_test=32", "rollout.num_tasks=32")
+    """16 questions, SmolLM2-135M."""
+    return rollout(world, "model.path=smollm2", "data.num_test=16", "rollout.num_tasks=16")
 
 
 def rollout(world: World, *overrides: str) -> dict[str, float]:
