@@ -20,7 +20,7 @@ test: $(READY)
 
 # vLLM's CPU build needs an older transformers than ours, so it lives in an environment of its own.
 test-vllm: $(VLLM_READY)
-	VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/pytest -rs tests/rollout/test_contract.py tests/rollout/test_vllm.py
+	VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 $(VLLM)/bin/pytest -rs tests/rollout/test_contract.py tests/rollout/test_vllm.py tests/rollout/test_vllm_limits.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
