@@ -129,6 +129,40 @@ def test_a_request_that_cannot_fit_alone_is_an_error_value_that_names_the_knob(l
     assert "rollout.kv_gib" in completions[0].error and "60 tokens" in completions[0].error
 
 
+def test_what_fits_alone_is_served_however_many_wait_for_another_prompt(llama, tokenizer) -> None:
+    """The third waits for the prompt of the first, so that prompt was pinned when the second had the engine to itself."""
+    engine = NativeEngine(llama, tokenizer, kv_bytes=125 * TOKEN_BYTES)
+    first, second = ask([1] * 40, max_new_tokens=20), ask([2] * 30, max_new_tokens=30)
+    engine.submit([first, second])
+    done = dict(engine.poll())
+    engine.submit([ask([1] * 40, seed=2, max_new_tokens=2)])
+    while len(done) < 3:
+        done |= dict(engine.poll())
+    assert [done[number].error for number in range(3)] == [""] * 3
+
+
+def test_what_rows_decoded_is_kept_however_the_batch_is_laid_out_anew(llama, plain, tokenizer) -> None:
+    """Rows that end while many others join leave the batch in the middle of a poll."""
+    lengths = random.Random(1)
+    engine = NativeEngine(llama, tokenizer, max_rows=32)
+    first = [ask(prompt, seed=k, max_new_tokens=lengths.randint(2, 40)) for k, prompt in enumerate(prompts(60, low=10))]
+    answers = engine.generate(first)
+    before = engine.stats
+    second = [follow_up(q, c, [1], max_new_tokens=1) for q, c in zip(first, answers, strict=True)]
+    assert_plain(plain, second, engine.generate(second))
+    assert (engine.stats - before).prefilled_tokens <= len(second) * (1 + 1)
+
+
+def test_a_request_without_room_leaves_what_is_kept_for_later(llama, tokenizer) -> None:
+    engine = NativeEngine(llama, tokenizer, kv_bytes=300 * TOKEN_BYTES)
+    engine.generate([ask(prompt, max_new_tokens=8) for prompt in prompts(3, low=15, high=16)])
+    engine.submit([ask([7] * 30, max_new_tokens=60)])
+    engine.poll()
+    engine.submit([ask([8] * 96, max_new_tokens=30)])
+    engine.poll()
+    assert engine.stats.evicted_tokens == 0
+
+
 def test_a_completion_that_outgrows_the_whole_memory_is_an_error_value(llama, tokenizer) -> None:
     (completion,) = NativeEngine(llama, tokenizer, kv_bytes=80 * TOKEN_BYTES).generate([ask([1] * 10, max_new_tokens=100)])
     assert completion.finish == "error" and len(completion.token_ids) > 20 and "kv_gib" in completion.error

@@ -239,6 +239,8 @@ def _routed_logprobs(model: PreTrainedModel, bank: AdapterBank, request: Request
 @pytest.mark.parametrize("spans", [None, (("", 1), ("judge", 1))])
 def test_a_policy_without_adapter_is_refused_by_name(tokenizer, spans):
     model, bank, _ = with_adapters()
+    model.train()
     engine = NativeEngine(model, tokenizer, bank=bank, scope="speaker")
     with pytest.raises(RolloutError, match=r"'judge'.*\['critic', 'solver'\]"):
         engine.generate([ask([1, 2], policy="solver" if spans else "judge", spans=spans)])
+    assert model.training, "nothing was begun"

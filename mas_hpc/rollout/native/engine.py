@@ -107,12 +107,12 @@ class NativeEngine(RolloutEngine):
 
         Raises RolloutError, and queues none, when the bank has no adapter of a request's policy.
         """
-        for request in requests:
-            self._adapter(request.policy)
+        adapters = [self._prompt_adapters(request) for request in requests]
         if self._idle:
             self._begin()
         first = self._stats.requests
-        rows = [self._row(number, request) for number, request in enumerate(requests, first)]
+        numbered = enumerate(zip(requests, adapters, strict=True), first)
+        rows = [self._row(number, request, prompt_adapters) for number, (request, prompt_adapters) in numbered]
         self._refused += [row for row in rows if row.finish is not None]
         self._scheduler.add(row for row in rows if row.finish is None)
         self._count(requests=len(rows), prompt_tokens=sum(len(request.prompt_ids) for request in requests))
@@ -207,6 +207,7 @@ class NativeEngine(RolloutEngine):
         rows = self._layout.rows if self._layout else []
         live = [row for row in rows if row.finish is None]
         if (len(rows) - len(live) + len(self._joining)) * RELAYOUT >= max(1, len(rows)):
+            self._keep([row for row in self._scheduler.live if row.finish is not None])
             self._lay_out([*live, *self._joining])
 
     def _lay_out(self, live: Sequence[Row]) -> None:
@@ -232,7 +233,7 @@ class NativeEngine(RolloutEngine):
     def _retire(self) -> list[tuple[int, Completion]]:
         """Put what ended rows have decoded into the tree, and let go of them."""
         ended = self._scheduler.drop()
-        self._keep([row for row in ended if row.finish != "error"])
+        self._keep(ended)
         for row in ended:
             self._scheduler.release(row)
         ended += self._refused
@@ -251,13 +252,13 @@ class NativeEngine(RolloutEngine):
             )
 
     def _keep(self, rows: Sequence[Row]) -> None:
-        """Copy the keys and values of decoded tokens from the tails into the tree, below their prompts."""
+        """Copy the keys and values of decoded tokens from the tails into the tree, below their prompts; not of errors."""
         if not self._layout:
             return
         tails, tree = self._layout.attend.tails, self._scheduler.tree
         place = {id(row): i for i, row in enumerate(self._layout.rows)}
         sources: list[tuple[int, int, int]] = []  # row, column, slot
-        for row in (row for row in rows if id(row) in place):
+        for row in (row for row in rows if id(row) in place and row.finish != "error"):
             assert row.prompt.leaf is not None
             column = tails.columns(place[id(row)])
             sampled = row.token_ids[len(row.token_ids) - row.num_decoded :][: len(column)]
@@ -271,12 +272,10 @@ class NativeEngine(RolloutEngine):
 
     # ---- requests
 
-    def _row(self, number: int, request: Request) -> Row:
-        adapter = self._adapter(request.policy)
+    def _row(self, number: int, request: Request, adapters: tuple[int, ...]) -> Row:
         refusal = unservable(request, self._context_limit)
-        adapters = () if refusal else self._prompt_adapters(request, adapter)
         row = Row(
-            number=number, request=request, adapter=adapter,
+            number=number, request=request, adapter=self._adapter(request.policy),
             prompt=Prompt((), ()) if refusal else self._scheduler.prompt(request.prompt_ids, adapters),
             uniforms=uniforms(request.seed, request.sampling.max_new_tokens, self._generator),
         )  # fmt: skip
@@ -284,8 +283,8 @@ class NativeEngine(RolloutEngine):
             row.fail(refusal)
         return row
 
-    def _prompt_adapters(self, request: Request, adapter: int) -> tuple[int, ...]:
-        length = len(request.prompt_ids)
+    def _prompt_adapters(self, request: Request) -> tuple[int, ...]:
+        adapter, length = self._adapter(request.policy), len(request.prompt_ids)
         assert sum(count for _, count in request.prompt_spans) == length, "prompt_spans do not cover prompt_ids"
         if self._scope == "sequence":
             return (adapter,) * length

@@ -147,12 +147,18 @@ class KVTree:
             assert above.pins >= 0
 
     def make_room(self, count: int) -> bool:
-        """Evict what nobody has pinned, the longest unread first, until `count` slots are free; return whether they are."""
+        """Evict what nobody has pinned, the longest unread first, until `count` slots are free.
+
+        Returns whether they are; where that cannot be, nothing is evicted.
+        """
         wanted = count - (self.capacity - self.used)
         if wanted <= 0:
             return True
+        idle = [node for node in self._nodes() if not node.pins]
+        if wanted > sum(map(len, idle)):
+            return False
         wanted = max(wanted, min(self.capacity // EVICTED_SHARE, self.used))
-        leaves = [(node.used, id(node), node) for node in self._nodes() if not node.children and not node.pins]
+        leaves = [(node.used, id(node), node) for node in idle if not node.children]
         heapq.heapify(leaves)
         gone = 0
         while leaves and gone < wanted:
@@ -163,7 +169,7 @@ class KVTree:
             if above is not self.root and above is not None and not above.children and not above.pins:
                 heapq.heappush(leaves, (above.used, id(above), above))
         self.evicted += gone
-        return count <= self.capacity - self.used
+        return True
 
     def _walk(self, start: Node, key_T: IntArray) -> tuple[Node, int]:
         """The last node that the path reaches from the end of `start`, and how many of its tokens belong to the path."""

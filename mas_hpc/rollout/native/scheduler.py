@@ -142,7 +142,9 @@ class Scheduler:
             if not self._hold(row.prompt, charge):
                 if self.live:
                     break
-                self._refuse(row)
+                self._let_go()
+                if not self._hold(row.prompt, charge):
+                    self._refuse(row)
             self._waiting.pop()
             self.live.append(row)
             fresh.append(row)
@@ -151,7 +153,10 @@ class Scheduler:
     def victim(self) -> Row | None:
         """The row that came last, if the live ones have no room to go on: its tail goes into the tree, then `set_back`."""
         live = [row for row in self.live if row.finish is None]
-        return live[-1] if live and not self.tree.make_room(self._charge()) else None
+        if not live or self.tree.make_room(charge := self._charge()):
+            return None
+        self._let_go()
+        return None if self.tree.make_room(charge) else live[-1]
 
     def set_back(self, row: Row) -> None:
         """Let a live row wait again, to continue what it has; one that was alone could never end, and fails."""
@@ -203,6 +208,14 @@ class Scheduler:
             return self.tree.make_room(charge)
         prompt.leaf = self.tree.hold(prompt.key_T, charge)
         return prompt.leaf is not None
+
+    def _let_go(self) -> None:
+        """Unpin the prompts that only waiting rows have: those that are live come first."""
+        read = {id(row.prompt) for row in self.live}
+        for prompt in self._prompts.values():
+            if prompt.leaf is not None and id(prompt) not in read:
+                self.tree.unpin(prompt.leaf)
+                prompt.leaf = prompt.hidden_E = None
 
     def _charge(self) -> int:
         """Slots' worth of memory beside the tree."""
