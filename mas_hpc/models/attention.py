@@ -10,7 +10,7 @@ import math
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from mas_hpc.errors import ConfigError
 
@@ -37,8 +37,16 @@ AttentionInterface.register(NAME, _dispatch)
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch the model to our attention. Raises ConfigError for architectures whose attention is not plain causal."""
+    """Switch the model to our attention.
+
+    Raises ConfigError for architectures whose attention is not plain causal, or whose logits are not just the LM head's.
+    """
     config = model.config
+    if scaled := scaled_logits(config):
+        raise ConfigError(
+            f"model.path: the logits of {config.model_type} are scaled or capped ({', '.join(scaled)}), which neither our "
+            "rollout nor our training computes; choose a model with a plain linear head"
+        )
     kinds = getattr(config, "layer_types", None)
     windowed = [kind for kind in kinds or () if kind != "full_attention"]
     # Mistral, Phi-3 and others name no kinds: all their layers have the one window, if it is shorter than the context.
@@ -51,6 +59,12 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         )
     model.set_attn_implementation(NAME)
     return model
+
+
+def scaled_logits(config: PreTrainedConfig) -> list[str]:
+    """Settings by which an architecture's logits are more than its LM head applied to the last hidden state."""
+    scales = {name: getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")}
+    return [f"{name}={value}" for name, value in scales.items() if value not in (None, 1.0)]
 
 
 def hidden_states(

@@ -72,6 +72,7 @@ class Learner:
             settings["lr"] = self._optimization.learning_rate * schedule(self._optimization, batches)
             self._num_updates[group] += group in norms
         self._optimizer.step()
+        torch.autograd.graph.increment_version(self.trained)  # AdamW's fused kernel does not; engines go by it
         self._num_steps += 1
         metrics["learning_rate"] = max(settings["lr"] for settings in self._optimizer.param_groups)
         metrics["grad_norm"] = max(norms.values(), default=0.0)

@@ -23,7 +23,7 @@ from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import ConfigError
 from mas_hpc.models.adapters import AdapterBank
-from mas_hpc.models.attention import hidden_states
+from mas_hpc.models.attention import hidden_states, scaled_logits
 from mas_hpc.models.flex_attention import tree_attention
 from mas_hpc.models.heads import ScalarHead
 from mas_hpc.training.share import share
@@ -149,8 +149,7 @@ def embedding_noise(tree: TokenTree, width: int, *, alpha: float, generator: tor
 def head_weight(model: PreTrainedModel) -> Tensor:
     """The LM head's matrix, [V, D]. Raises ConfigError when logits are more than hidden @ weight.T."""
     head = model.get_output_embeddings()
-    scales = {name: getattr(model.config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")}
-    extra = [f"{name}={value}" for name, value in scales.items() if value not in (None, 1.0)]
+    extra = scaled_logits(model.config)
     if getattr(head, "bias", None) is not None:
         extra.append("a bias")
     if extra:

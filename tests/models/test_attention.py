@@ -10,6 +10,7 @@ from torch.nn.functional import rms_norm
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
@@ -38,6 +39,12 @@ SHAPE = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 def test_sliding_windows_are_refused(config: PretrainedConfig) -> None:
     with pytest.raises(ConfigError, match="sliding"):
         prepare(AutoModelForCausalLM.from_config(config))
+
+
+def test_logits_that_are_more_than_the_head_are_refused() -> None:
+    """The rollout engine would sample from another distribution than the model's, and say nothing."""
+    with pytest.raises(ConfigError, match=r"granite.*logits_scaling=8.0"):
+        prepare(AutoModelForCausalLM.from_config(GraniteConfig(**SHAPE, logits_scaling=8.0)))
 
 
 def test_a_window_as_long_as_the_context_hides_nothing() -> None:

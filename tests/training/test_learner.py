@@ -57,6 +57,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(make_model,
     assert not moved(before, network.model.parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_torch_knows_that_a_step_has_changed_the_weights(make_model, make_samples, optimizer: str) -> None:
+    """An engine drops keys, values and packed weights of others by it."""
+    network = Network(model=make_model())
+    before = [parameter._version for parameter in network.model.parameters()]
+    learner(network, METHOD.model_copy(update={"optimizer": optimizer})).update(
+        take(make_samples()), POLICY, Totals.of(make_samples())
+    )
+    assert all(new._version > old for new, old in zip(network.model.parameters(), before, strict=True))
+
+
 # ---- ranks
 
 
