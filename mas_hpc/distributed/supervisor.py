@@ -132,6 +132,7 @@ class _Attempt:
         self._gone: set[int] = set()
         self._stalled: set[int] = set()
         self._processes = [_start(plan, rank, port=host.port, attempt=attempt) for rank in range(plan.ranks)]
+        self._readers = [_mark_output(process, rank) for rank, process in enumerate(self._processes) if rank]
         say(f"ranks are processes {' '.join(str(process.pid) for process in self._processes)}")
 
     def run(self) -> Literal["done", "failed", "died", "stalled", "stopped"]:
@@ -139,13 +140,12 @@ class _Attempt:
         try:
             while (verdict := judge(self._codes())) == "running" and not self._stops:
                 self._note_deaths()
-                self._end_stalled()
+                self._end_stalled(STALL_FACTOR)
                 time.sleep(POLL_S)
             if self._stops:
                 return "stopped"
             if verdict == "failed":
-                _wait_until(lambda: judge(self._codes()) == "died", SETTLE_S)
-                verdict = judge(self._codes())
+                verdict = self._settle()
             elif verdict == "done":
                 verdict = self._let_end()
             return self._explain(verdict)
@@ -163,22 +163,38 @@ class _Attempt:
                 if rank not in self._stalled:
                     say(f"rank {rank} died of {signal.Signals(-code).name}; the others take its work over")
 
-    def _end_stalled(self) -> None:
-        """End ranks that have promised signs of life and give none."""
+    def _settle(self) -> Verdict:
+        """Whether a failure is the consequence of a death, or of a silent rank that its peers gave up, which is ended."""
+
+        def has_cause() -> bool:
+            self._end_stalled(1.0)
+            return judge(self._codes()) == "died"
+
+        is_late = any(silent_s >= stall_s / 2 for silent_s, stall_s in self._silent().values())
+        _wait_until(has_cause, SETTLE_S + 2 * BEAT_S if is_late else SETTLE_S)
+        return judge(self._codes())
+
+    def _silent(self) -> dict[int, tuple[float, float]]:
+        """Of the ranks that have promised signs of life: seconds without one, and after how many their peers give them up."""
+        now = time.monotonic()
+        records = {rank: read_record(self._store, rank) for rank, code in enumerate(self._codes()) if code is None}
+        return {
+            rank: (self._silence.of(rank, record.beat, now), record.stall_s)
+            for rank, record in records.items() if record and record.stall_s
+        }  # fmt: skip
+
+    def _end_stalled(self, factor: float) -> None:
+        """End ranks that have promised signs of life and have given none for `factor` times their stall_s."""
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + BEAT_S
-        for rank, process in enumerate(self._processes):
-            record = read_record(self._store, rank)
-            if process.poll() is not None or record is None or not record.stall_s:
-                continue
-            silent_s = self._silence.of(rank, record.beat, now)
-            if silent_s >= STALL_FACTOR * record.stall_s:
-                say(f"rank {rank} is ended: no sign of life for {silent_s:.0f} s, with rollout.stall_s={record.stall_s:g}")
+        for rank, (silent_s, stall_s) in self._silent().items():
+            if silent_s >= factor * stall_s:
+                say(f"rank {rank} is ended: no sign of life for {silent_s:.0f} s, with rollout.stall_s={stall_s:g}")
                 self._stalled.add(rank)
-                process.kill()
-                process.wait(GRACE_S)
+                self._processes[rank].kill()
+                self._processes[rank].wait(GRACE_S)
 
     def _let_end(self) -> Verdict:
         """Rank 0 has written everything: the others only have to leave."""
@@ -206,11 +222,12 @@ class _Attempt:
                 if process.poll() is None:
                     process.send_signal(number)
             _wait_until(lambda: None not in self._codes(), GRACE_S)
+        _wait_until(lambda: not any(reader.is_alive() for reader in self._readers), GRACE_S)  # their last words
 
 
 def _start(plan: Launch, rank: int, *, port: int, attempt: int) -> subprocess.Popen[str]:
     """One rank. Rank 0 talks to the user itself; lines of the others are marked."""
-    process = subprocess.Popen(
+    return subprocess.Popen(
         plan.command,
         env=rank_environment(os.environ, rank, plan.ranks, port=port, attempt=attempt),
         stdin=subprocess.DEVNULL,
@@ -220,9 +237,14 @@ def _start(plan: Launch, rank: int, *, port: int, attempt: int) -> subprocess.Po
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
-    if process.stdout:
-        threading.Thread(target=_mark_lines, args=(process.stdout, f"[rank {rank}] "), daemon=True).start()
-    return process
+
+
+def _mark_output(process: subprocess.Popen[str], rank: int) -> threading.Thread:
+    """Pass on what a rank says; the thread ends when it, and whoever it has started, says no more."""
+    assert process.stdout
+    reader = threading.Thread(target=_mark_lines, args=(process.stdout, f"[rank {rank}] "), daemon=True)
+    reader.start()
+    return reader
 
 
 def _mark_lines(lines: IO[str], mark: str) -> None:

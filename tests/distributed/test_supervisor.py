@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,18 @@ def test_all_ranks_end_well_and_only_others_than_the_first_are_marked(run, capfd
     output, errors = capfd.readouterr()
     assert output == "hello from 0\n"
     assert re.fullmatch(r"launch: ranks are processes \d+ \d+\n\[rank 1\] hello from 1\n", errors)
+
+
+def test_the_last_words_of_a_rank_are_passed_on_to_a_slow_terminal(run, capfd: pytest.CaptureFixture[str], monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    mark_lines = supervisor._mark_lines
+
+    def slowly(lines, mark: str) -> None:  # type: ignore[no-untyped-def]
+        time.sleep(2.0)
+        mark_lines(lines, mark)
+
+    monkeypatch.setattr(supervisor, "_mark_lines", slowly)
+    assert run("print('last words') if rank else None") == (0, ["0 0", "0 1"])
+    assert "[rank 1] last words\n" in capfd.readouterr().err
 
 
 def test_the_others_go_on_when_one_dies(run, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
@@ -153,3 +166,18 @@ def test_a_stopped_rank_is_ended_and_the_others_go_on(run, capfd: pytest.Capture
 def test_a_stall_that_nobody_can_take_over_has_its_own_exit_code(run, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     assert run(STALL.replace("STUCK", "0"), max_restarts=0) == (124, ["0 0", "0 1"])
     assert "error: a rank stalled" in capfd.readouterr().err
+
+
+GIVEN_UP = (
+    STALL.replace("STUCK", "1 and attempt == 0")
+    .replace("+ 7", "+ 2.2")
+    .replace(
+        "    time.sleep(0.05)\n", "    time.sleep(0.05)\nif attempt == 0: sys.exit(1)  # as one whose peer takes no message\n"
+    )
+)
+
+
+@pytest.mark.slow
+def test_a_failure_of_a_rank_whose_peer_has_stalled_is_its_consequence(run, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    assert run(GIVEN_UP) == (0, ["0 0", "0 1", "1 0", "1 1"])
+    assert "rank 1 is ended: no sign of life for" in capfd.readouterr().err
