@@ -24,6 +24,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 MEETING_TIMEOUT = timedelta(minutes=5)
 """Ranks start, and leave, that far apart at most."""
 _MAX_HOST_BYTES = 256
+_GLOO = "gloo/transport"
+"""In the path of the source that every error of a collective begins with; its type says nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,7 @@ class World:
 def connected(world: World) -> Iterator[World]:
     """Join the other ranks for the duration of the block; yields the world with its store. One compute thread a rank.
 
-    Raises LaunchError when not all ranks arrive within MEETING_TIMEOUT.
+    Raises LaunchError when not all ranks arrive within MEETING_TIMEOUT, and for a collective that another rank does not finish.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a second thread on shared cores is slower than none
@@ -94,6 +96,10 @@ def connected(world: World) -> Iterator[World]:
         try:
             hosts = _gather_hosts(world)
             yield replace(world, hosts=hosts, store=PrefixStore("mas_hpc", attempt), run_store=PrefixStore("run", store))
+        except RuntimeError as error:
+            if _GLOO not in str(error):
+                raise
+            raise _lost_another(world, str(error)) from error
         finally:
             dist.destroy_process_group()
         if not by_agent:
@@ -142,6 +148,14 @@ def _leave(world: World, attempt: Store) -> None:
     arrive(attempt, "end", world.rank)
     if world.is_first and (missing := absent(attempt, "end", world.size, MEETING_TIMEOUT)):
         raise LaunchError(f"ranks {missing} did not end within {MEETING_TIMEOUT} of rank 0, which hosts their store")
+
+
+def _lost_another(world: World, error: str) -> LaunchError:
+    reason = error.partition("] ")[2].partition(". ")[0].rstrip(".")
+    return LaunchError(
+        f"rank {world.rank} of {world.size} cannot go on: another rank has ended, or has not come to a collective within "
+        f"{COLLECTIVE_TIMEOUT} ({reason}); look for the first error of the others, then start again"
+    )
 
 
 def _gather_hosts(world: World) -> tuple[str, ...]:

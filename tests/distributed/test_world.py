@@ -38,6 +38,29 @@ def test_survivors_name_the_failed_rank_and_leave(how: str, when: str, why: str)
         assert f"rank {rank} has left attempt 1" in output
 
 
+DIES = """
+import os, sys
+from mas_hpc.distributed.exchange import gather_lines
+from mas_hpc.distributed.world import World, connected
+from mas_hpc.errors import LaunchError
+try:
+    with connected(World.from_env()) as world:
+        if world.rank == 1:
+            os._exit(1)
+        gather_lines(world, ["mine"])
+except LaunchError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_a_rank_that_another_leaves_in_a_collective_says_so_in_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(DIES)
+    [(code, output)] = run_supervised(2, 0, str(script), survivors=1)
+    assert code == 1
+    assert output.startswith("error: rank 0 of 2 cannot go on: another rank has ended") and output.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_rank_that_fails_under_mpiexec_ends_the_others(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
