@@ -34,8 +34,8 @@ def native_engine(config: RunConfig, model: Any, tokenizer: Any, bank: AdapterBa
     """The engine that runs a model itself."""
     settings = config.rollout
     return NativeEngine(
-        model, tokenizer, bank=bank, scope=config.adapters.scope, max_rows=settings.max_rows,
-        kv_bytes=int(settings.kv_gib * 2**30), prefill_chunk=settings.prefill_chunk,
+        model, tokenizer, bank=bank, scope=config.adapters.scope, other_models=tuple(config.team.models),
+        max_rows=settings.max_rows, kv_bytes=int(settings.kv_gib * 2**30), prefill_chunk=settings.prefill_chunk,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,3 +245,13 @@ def test_a_policy_without_adapter_is_refused_by_name(tokenizer, spans):
     with pytest.raises(RolloutError, match=r"'judge'.*\['critic', 'solver'\]"):
         engine.generate([ask([1, 2], policy="solver" if spans else "judge", spans=spans)])
     assert model.training, "nothing was begun"
+
+
+def test_what_another_model_wrote_is_read_by_the_base_as_in_training(tokenizer):
+    model, bank, _ = with_adapters()
+    engine = NativeEngine(model, tokenizer, bank=bank, scope="speaker", other_models=("judge",))
+    request = ask([1, 2, 3], policy="solver", spans=(("", 1), ("judge", 2)))
+    expected = NativeEngine(model, tokenizer, bank=bank, scope="speaker").generate([replace(request, prompt_spans=(("", 3),))])
+    assert_same(engine.generate([request]), expected)
+    with pytest.raises(RolloutError, match="'judge'"):
+        engine.generate([replace(request, policy="judge")])

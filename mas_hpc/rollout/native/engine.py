@@ -8,7 +8,7 @@ Legend: B rows, N tokens of a chunk, V vocabulary, E hidden size.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Literal
@@ -54,19 +54,23 @@ class NativeEngine(RolloutEngine):
     `model` is `prepare`d (models.attention) and may be the trainer's: its weights are read as they are at each call, in
     evaluation mode, and what was derived from others is dropped at `load`, or when torch has seen them change. With a
     `bank`, a request's policy names its adapter: `sequence` scope adapts prompt and completion, `speaker` scope each token
-    by who wrote it. Without one, the model serves every policy. `max_rows` bounds the rows that are live at a time,
-    `kv_bytes` their keys and values together with those that are kept for later, `prefill_chunk` the prompt tokens of a step.
+    by who wrote it; what policies of `other_models` wrote is read by the base. Without one, the model serves every policy.
+    `max_rows` bounds the rows that are live at a time, `kv_bytes` their keys and values together with those that are kept for
+    later, `prefill_chunk` the prompt tokens of a step.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, bank: AdapterBank | None = None,
-        scope: Scope = "sequence", max_rows: int = 64, kv_bytes: int = 4 << 30, prefill_chunk: int = 512,
+        scope: Scope = "sequence", other_models: Collection[str] = (), max_rows: int = 64, kv_bytes: int = 4 << 30,
+        prefill_chunk: int = 512,
     ) -> None:  # fmt: skip
         assert max_rows > 0 and prefill_chunk > 0
         self._model, self._tokenizer, self._bank, self._scope = model, tokenizer, bank, scope
         self._device = model.device
         self._context_limit: int = model.config.max_position_embeddings
         self._policies = bank.index if bank is not None else None
+        self._unadapted = frozenset({"", *other_models})
+        """Who else may have written tokens of a prompt."""
         self._runner = Runner(model, bank)
         self._shape = KVShape.of(model.config, model.dtype, model.device)
         self._scheduler = Scheduler(KVTree(kv_bytes // self._shape.token_bytes), max_rows)
@@ -288,7 +292,7 @@ class NativeEngine(RolloutEngine):
         assert sum(count for _, count in request.prompt_spans) == length, "prompt_spans do not cover prompt_ids"
         if self._scope == "sequence":
             return (adapter,) * length
-        spans = ([self._adapter(policy) if policy else -1] * count for policy, count in request.prompt_spans)
+        spans = ([-1 if policy in self._unadapted else self._adapter(policy)] * count for policy, count in request.prompt_spans)
         return tuple(chain.from_iterable(spans))
 
     def _adapter(self, policy: str) -> int:
