@@ -110,7 +110,8 @@ def build(config: RunConfig, world: World, console: Console, resume: Path | None
     With `resume`, or when a supervisor has restarted the ranks, the folder is that of the earlier attempt: traces that are kept
     there are not sampled again. Without `trains`, a rank that neither serves the trained model nor warms it up has it not.
     """
-    check_world(config, world)
+    if trains:
+        check_world(config, world)
     if resume:
         check_resumable(config, resume)
 

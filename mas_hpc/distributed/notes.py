@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import PrefixStore
 
+from mas_hpc.distributed.shared_tickets import gone_ranks
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import RolloutError
 
@@ -14,8 +15,8 @@ from mas_hpc.errors import RolloutError
 def tell_first(world: World, label: str, text: str, *, patience_s: float) -> dict[int, str]:
     """On rank 0 the texts of all ranks that told theirs within `patience_s`, by rank; elsewhere only this rank's.
 
-    Every rank tells the same labels in the same order, but need not be there at once. A rank that was missing once is not
-    waited for again.
+    Every rank tells the same labels in the same order, but need not be there at once. A rank that was missing once, or was
+    declared gone, is not waited for.
     """
     if world.store is None:
         return {world.rank: text}
@@ -25,6 +26,7 @@ def tell_first(world: World, label: str, text: str, *, patience_s: float) -> dic
     if not world.is_first:
         return {world.rank: text}
     missed = set(world.store.get("notes/missed").decode().split()) if world.store.check(["notes/missed"]) else set()
+    missed |= {str(rank) for rank in gone_ranks(world.store)}
     told = _within(store, [f"{number}/{rank}" for rank in range(world.size) if str(rank) not in missed], patience_s)
     texts = {rank: store.get(f"{number}/{rank}").decode() for rank in range(world.size) if store.check([f"{number}/{rank}"])}
     if not told:

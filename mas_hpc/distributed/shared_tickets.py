@@ -336,6 +336,10 @@ class SharedTickets:
             self._store.delete_key(f"{keys}{name}")
 
 
-def _gone(store: Store) -> set[int]:
+def gone_ranks(store: Store) -> set[int]:
     """Ranks that were declared gone."""
+    return _gone(PrefixStore("tickets", store))
+
+
+def _gone(store: Store) -> set[int]:
     return {int(rank) for rank in store.get("gone").decode().split(",") if rank} if store.check(["gone"]) else set()

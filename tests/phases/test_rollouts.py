@@ -19,6 +19,7 @@ from mas_hpc.config_file import load_config
 from mas_hpc.data import trace_store
 from mas_hpc.data.tasks import load_tasks
 from mas_hpc.distributed.notes import from_first, tell_first
+from mas_hpc.distributed.shared_tickets import declare_gone
 from mas_hpc.distributed.tickets import open_tickets
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import ConfigError, DataError, RolloutError
@@ -221,6 +222,14 @@ def test_a_run_is_taken_up_in_its_folder_with_its_own_configuration_only(tmp_pat
         build(config.model_copy(update={"seed": 7}), World(), Console(quiet=True), resume=tmp_path / "mas")
 
 
+def test_only_training_asks_for_a_number_of_ranks_that_divides_its_batch(tmp_path: Path) -> None:
+    config, three = load_config(Path(QUICKSTART), [f"runs_dir={tmp_path}"]), World(size=3, launcher="torchrun")
+    with pytest.raises(ConfigError, match=r"method\.tasks_per_step=16: 3 ranks do not divide it"):
+        build(config, three, Console(quiet=True), resume=tmp_path / "none")
+    with pytest.raises(DataError, match=r"no config\.yaml"):  # what is checked after it
+        build(config, three, Console(quiet=True), resume=tmp_path / "none", trains=False)
+
+
 # ---- notes
 
 
@@ -232,6 +241,12 @@ def test_the_first_hears_all_that_come_in_time(tmp_path: Path) -> None:
     assert tell_first(worlds[0], "stats", "a", patience_s=0.01) == {0: "a", 1: "b"}
     assert tell_first(worlds[0], "stats", "a", patience_s=1e9) == {0: "a", 1: "b"}, "nobody waits for rank 2 again"
     assert tell_first(World(), "stats", "a", patience_s=1.0) == {0: "a"}
+
+
+def test_a_rank_that_was_declared_gone_is_not_waited_for() -> None:
+    store = HashStore()
+    declare_gone(store, 1)
+    assert tell_first(World(size=2, store=store), "stats", "a", patience_s=1e9) == {0: "a"}
 
 
 def test_what_the_first_says_is_heard_in_order_or_its_absence_is_an_error() -> None:
