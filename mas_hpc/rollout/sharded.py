@@ -157,8 +157,10 @@ class ShardedEngine(RolloutEngine):
         return ended
 
     def sleep(self) -> None:
-        """The local engine gives back its memory."""
-        self._local.sleep()
+        """The local engine gives back its memory, unless it works for others."""
+        assert not self._asked, "sleep while requests are outstanding"
+        if not self._serving:
+            self._local.sleep()
 
     def cancel(self) -> None:
         """Forget own requests, and tell the owners; what the local engine does for others begins anew."""

@@ -231,3 +231,18 @@ def test_without_the_trained_model_a_process_has_no_weights_to_load(scripted) ->
     routed = RoutedEngine(None, {"judge": scripted(0)})
     assert routed.load(version=3) == ""
     assert routed.generate([ask("judge")])[0].policy_version == 0
+
+
+def test_a_rank_that_others_still_ask_does_not_sleep(scripted):
+    engines, _ = shard(TWO, scripted, 2)
+    slept: list[int] = []
+    engines[1]._local.sleep = lambda: slept.append(len(engines[1]._serving))
+    engines[0].submit([ask("beta", seed=1)])
+    engines[1]._local.poll = list  # it takes long
+    engines[1].poll()
+    engines[1].sleep()
+    assert slept == []
+    engines[0].cancel()
+    engines[1].poll()
+    engines[1].sleep()
+    assert slept == [0]
