@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -62,6 +64,8 @@ class Run:
     test_tasks: tuple[Task, ...]
     resumes: bool = False
     """Whether the folder may hold what an earlier attempt at this run has finished."""
+    lock: IO[str] | None = None
+    """What keeps other runs out of the folder, on the rank that holds it."""
 
     @property
     def judge(self) -> VerifiableJudge:
@@ -75,9 +79,11 @@ class Run:
             self.engine.serve_others()
 
     def close(self) -> None:
-        """Collective: the ranks' engines serve each other no more."""
+        """Collective: the ranks' engines serve each other no more, and the folder is free."""
         if self.shards:
             self.shards.transport.close()
+        if self.lock:
+            self.lock.close()
 
     def network(self, *, head: ScalarHead | None = None, temperature: float = 1.0) -> Network:
         """The model and its adapters as the trainer sees them."""
@@ -115,16 +121,20 @@ def build(config: RunConfig, world: World, console: Console, resume: Path | None
     if resume:
         check_resumable(config, resume)
 
+    lock = None
+
     def claim() -> Path:
+        nonlocal lock
         folder = resume or claim_folder(config.folder, world)
         if world.is_first:
+            lock = lock_folder(folder)
             write_config(config, folder)
         return folder
 
     loads = not isinstance(config.data, RecordConfig)
     trains = trains or bool(config.warm_start and config.warm_start.steps)
     run = _assemble(config, world, console, claim, mode=config.rollout.placement, tasks=loads, trains=trains)
-    return replace(run, resumes=resume is not None or world.attempt > 0)
+    return replace(run, resumes=resume is not None or world.attempt > 0, lock=lock)
 
 
 def check_resumable(config: RunConfig, folder: Path) -> None:
@@ -269,6 +279,29 @@ def claim_folder(wanted: Path, world: World) -> Path:
         if world.run_store:
             world.run_store.set(key, chosen)
     return Path(gather_lines(world, [chosen] if chosen else [])[0])
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Keep other runs out of the folder until the file is closed or this process ends.
+
+    Raises DataError when another run is in it: both would play, and write, what is missing. A file system without locks
+    keeps nobody out.
+    """
+    stream = (folder / ".lock").open("a", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise DataError(
+            f"{folder}: another run is writing there; wait until it has ended, or stop it, and resume then"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return stream
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def _make(folder: Path) -> bool:

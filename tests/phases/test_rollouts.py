@@ -222,6 +222,15 @@ def test_a_run_is_taken_up_in_its_folder_with_its_own_configuration_only(tmp_pat
         build(config.model_copy(update={"seed": 7}), World(), Console(quiet=True), resume=tmp_path / "mas")
 
 
+def test_a_folder_that_a_run_is_writing_to_is_not_taken_up_by_another(tmp_path: Path) -> None:
+    config = load_config(Path(QUICKSTART), [f"runs_dir={tmp_path}", "name=mas"])
+    live = build(config, World(), Console(quiet=True))
+    with pytest.raises(DataError, match=r"mas: another run is writing there"):
+        build(config, World(), Console(quiet=True), resume=tmp_path / "mas")
+    live.close()
+    assert build(config, World(), Console(quiet=True), resume=tmp_path / "mas").resumes
+
+
 def test_only_training_asks_for_a_number_of_ranks_that_divides_its_batch(tmp_path: Path) -> None:
     config, three = load_config(Path(QUICKSTART), [f"runs_dir={tmp_path}"]), World(size=3, launcher="torchrun")
     with pytest.raises(ConfigError, match=r"method\.tasks_per_step=16: 3 ranks do not divide it"):
