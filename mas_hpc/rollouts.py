@@ -13,7 +13,7 @@ from mas_hpc.data import trace_store
 from mas_hpc.distributed.notes import from_first, tell_first
 from mas_hpc.distributed.tickets import Tickets, open_tickets
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import MasHpcError
+from mas_hpc.errors import MasHpcError, RolloutError
 from mas_hpc.orchestration.collect import collect, origin_of
 from mas_hpc.orchestration.episode import Play, Team
 from mas_hpc.orchestration.events import InOrder, Jobs
@@ -86,11 +86,22 @@ def play_counted(
     fresh = jobs.results()
     account = count([fresh[job] for job in sorted(fresh)])
     traces = known | fresh
+    _tell_failures(run, label, list(fresh.values()))
     if keep and left and run.world.is_first:
         if account.num_ranks < run.world.size:
             _keep_lost(run, tasks, how, traces, file)
         run.log(label, step, account.metrics())
     return Played(traces=[traces[job] for job in sorted(traces)], account=account)
+
+
+def _tell_failures(run: Run, label: str, traces: Sequence[Trace]) -> None:
+    """Say why turns failed. Raises RolloutError when all did."""
+    turns = [turn for trace in traces for turn in trace.turns]
+    errors = [turn.error for turn in turns if turn.finish == "error"]
+    if errors and len(errors) == len(turns):
+        raise RolloutError(f"{label}: all {len(turns)} turns failed; the first: {errors[0]}")
+    if errors:
+        run.console.print(f"{label}: {len(errors)} of {len(turns)} turns failed; the first: {errors[0]}", style="yellow")
 
 
 # ---- dealing out

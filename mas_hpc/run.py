@@ -188,7 +188,8 @@ def _assemble(
         check_vllm(config)
     placement = place_models(config, world, console, mode)
     served = placement.policies_of(world.rank)
-    if trains or placement.mode == "colocated" or has_shared_model(config, served):
+    saves = config.rollout.engine == "vllm" and world.is_first  # what others start vLLM on
+    if trains or saves or placement.mode == "colocated" or has_shared_model(config, served):
         with console.status(f"loading {config.model.path} ..."):
             model, tokenizer = load_model(config.model, seed=config.seed)
         if config.model.activation_checkpointing:

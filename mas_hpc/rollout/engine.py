@@ -75,7 +75,7 @@ class RolloutStats:
 
     requests: int = 0
     prompt_tokens: int = 0
-    """Tokens in the prompts of all requests."""
+    """Tokens in the prompts of all requests that were begun; again with what it had, when one was set back for want of room."""
     prefilled_tokens: int = 0
     """Prompt tokens that were run; the rest of prompt_tokens was shared."""
     evicted_tokens: int = 0

@@ -235,3 +235,12 @@ def test_bfloat16_weights_give_the_log_probs_of_bfloat16(tokenizer) -> None:
     second = [follow_up(q, c, [1, 2, 3], seed=9) for q, c in zip(first, answers, strict=True)]
     for request, completion in zip([*first, *second], [*answers, *engine.generate(second)], strict=True):
         assert completion.logprobs == pytest.approx(plain_logprobs(plain, request, completion), abs=0.25)
+
+
+def test_one_long_completion_among_short_ones_does_not_make_the_tails_of_all_as_wide(llama, plain, tokenizer) -> None:
+    budget = 600 * TOKEN_BYTES
+    engine = NativeEngine(llama, tokenizer, max_rows=16, kv_bytes=budget)
+    long = ask([1] * 5, max_new_tokens=100)
+    requests = [long, *(ask([2, 3, k % 30 + 1], seed=k, max_new_tokens=3) for k in range(300))]
+    assert_plain(plain, requests[:1], engine.generate(requests)[:1])
+    assert engine.stats.peak_kv_bytes < 2 * budget

@@ -23,7 +23,7 @@ LENGTH_SLACK = 0.25
 """Longest context of a bucket relative to its shortest: bounds padding."""
 LENGTH_SLACK_TOKENS = 16
 CAPACITY_STEP = 32
-"""Columns that tails have to spare, at most, and grow by when they are full, at least."""
+"""Columns that tails have to spare at most, and grow by when they are full: a copy every so many steps."""
 WORTH_SHARING = 256
 """Keys, over all contexts of a bucket, that must be saved before what they share gets a matrix product of its own."""
 
@@ -75,7 +75,7 @@ class Tails:
     def advance(self) -> None:
         """Open a column, to which each layer then writes."""
         if self.width == self.kv_L2KBWD.shape[4]:
-            grown = self.keep(range(len(self.start_B)), spare=max(CAPACITY_STEP, self.width))
+            grown = self.keep(range(len(self.start_B)), spare=CAPACITY_STEP)
             self.width, self.start_B = grown.width, grown.start_B
             self.kv_L2KBWD, self._bias_B1W = grown.kv_L2KBWD, grown._bias_B1W
         self.width += 1

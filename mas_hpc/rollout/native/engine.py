@@ -119,7 +119,7 @@ class NativeEngine(RolloutEngine):
         rows = [self._row(number, request, prompt_adapters) for number, (request, prompt_adapters) in numbered]
         self._refused += [row for row in rows if row.finish is not None]
         self._scheduler.add(row for row in rows if row.finish is None)
-        self._count(requests=len(rows), prompt_tokens=sum(len(request.prompt_ids) for request in requests))
+        self._count(requests=len(rows))
         return [row.number for row in rows]
 
     def poll(self) -> list[tuple[int, Completion]]:
@@ -131,7 +131,7 @@ class NativeEngine(RolloutEngine):
             while (row := self._scheduler.victim()) is not None:
                 self._set_back(row)
             for _ in range(STEPS_PER_POLL):
-                self._undrawn += [row for row in self._scheduler.admit() if row.finish is None]
+                self._admit()
                 if not self._step() or self._scheduler.num_ended * RELAYOUT >= len(self._scheduler.live):
                     break
             ended = self._retire()
@@ -149,6 +149,12 @@ class NativeEngine(RolloutEngine):
         self._end()
 
     # ---- a step
+
+    def _admit(self) -> None:
+        admitted = [row for row in self._scheduler.admit() if row.finish is None]
+        self._undrawn += admitted
+        if admitted:
+            self._count(prompt_tokens=sum(len(row.prompt.token_ids) for row in admitted))
 
     def _step(self) -> bool:
         """One forward pass and what it lets sample; whether there was anything to do."""

@@ -110,8 +110,8 @@ class Row:
 class Scheduler:
     """At most `max_rows` live rows, in the order in which they came; room in the tree decides, too.
 
-    A row is `live` from admission until it is dropped. Slots are counted for the nodes of the tree, and besides for each
-    live row (what it has decoded and soon will) and each live prompt (decoding works on a copy of it).
+    A row is `live` from admission until it is dropped. Slots are counted for the nodes of the tree, and besides for the
+    tails of the live rows (all as wide as the longest and what it soon adds) and each live prompt (decoding copies it).
     """
 
     def __init__(self, tree: KVTree, max_rows: int) -> None:
@@ -135,10 +135,12 @@ class Scheduler:
     def admit(self) -> list[Row]:
         """Let waiting rows in, as far as there is room; return them. One that could not fit alone has failed."""
         fresh: list[Row] = []
-        charge = self._charge() if self._waiting else 0
+        count, width, copied = self._taken() if self._waiting else (0, 0, 0)
         while self._waiting and len(self.live) < self._max_rows:
             row = self._waiting[-1]
-            charge += row.num_needed + (len(row.prompt.token_ids) if row.prompt.leaf is None else 0)
+            count, width = count + 1, max(width, row.num_needed)
+            copied += len(row.prompt.token_ids) if row.prompt.leaf is None else 0
+            charge = count * width + copied
             if not self._hold(row.prompt, charge):
                 if self.live:
                     break
@@ -151,12 +153,21 @@ class Scheduler:
         return fresh
 
     def victim(self) -> Row | None:
-        """The row that came last, if the live ones have no room to go on: its tail goes into the tree, then `set_back`."""
+        """A row to be set back, if the live ones have no room to go on: its tail goes into the tree, then `set_back`.
+
+        One that has decoded much more than the others makes the tails of all as wide, and goes first; else the last to come.
+        """
         live = [row for row in self.live if row.finish is None]
-        if not live or self.tree.make_room(charge := self._charge()):
+        count, width, copied = self._taken()
+        charge = count * width + copied
+        if not live or self.tree.make_room(charge):
             return None
         self._let_go()
-        return None if self.tree.make_room(charge) else live[-1]
+        if self.tree.make_room(charge):
+            return None
+        longest = max(live, key=lambda row: row.num_decoded)
+        usual = sum(row.num_decoded for row in live) / len(live)
+        return longest if longest.num_decoded > 2 * usual + HORIZON else live[-1]
 
     def set_back(self, row: Row) -> None:
         """Let a live row wait again, to continue what it has; one that was alone could never end, and fails."""
@@ -217,11 +228,11 @@ class Scheduler:
                 self.tree.unpin(prompt.leaf)
                 prompt.leaf = prompt.hidden_E = None
 
-    def _charge(self) -> int:
-        """Slots' worth of memory beside the tree."""
+    def _taken(self) -> tuple[int, int, int]:
+        """Memory beside the tree, in slots: number and width of the live rows' tails, and their prompts, which are copied."""
         rows = [row for row in self.live if row.finish is None]
         prompts = {id(row.prompt): len(row.prompt.token_ids) for row in rows}
-        return sum(row.num_needed for row in rows) + sum(prompts.values())
+        return len(rows), max((row.num_needed for row in rows), default=0), sum(prompts.values())
 
     def _refuse(self, row: Row) -> None:
         needed = 2 * len(row.prompt.token_ids) + row.num_needed
