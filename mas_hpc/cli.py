@@ -124,6 +124,7 @@ def launch(
     local: Annotated[bool, typer.Option("--local", help="on this host")] = False,
     job: Annotated[Literal["pipeline", "rollout", "train", "evaluate"], typer.Option(help="what the ranks do")] = "rollout",
     max_restarts: Annotated[int, typer.Option(min=0, help="of all ranks; rollout and evaluate only")] = 3,
+    resume: Resume = None,
 ) -> None:
     """Start ranks on this host and watch over them: the work of one that dies goes to the others.
 
@@ -131,12 +132,15 @@ def launch(
     """
     from mas_hpc.errors import LaunchError
 
+    if resume and job not in ("rollout", "evaluate"):
+        raise LaunchError(f"--resume: {job} begins anew; only --job rollout and --job evaluate go on where they were")
     if not local:
         raise LaunchError("launch starts ranks on this host alone: add --local; on several: mpiexec ... mas-hpc <command> ...")
     _load(config, overrides)  # a mistake is said once, not by every rank
     from mas_hpc.distributed import supervisor
 
-    command = (sys.executable, "-m", "mas_hpc", job, str(config), *(overrides or ()))
+    going_on = ("--resume", str(resume)) if resume else ()
+    command = (sys.executable, "-m", "mas_hpc", job, str(config), *(overrides or ()), *going_on)
     plan = supervisor.Launch(job=job, command=command, ranks=ranks, max_restarts=max_restarts)
     raise typer.Exit(supervisor.launch(plan))
 

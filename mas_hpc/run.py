@@ -137,18 +137,33 @@ def build(config: RunConfig, world: World, console: Console, resume: Path | None
     return replace(run, resumes=resume is not None or world.attempt > 0, lock=lock)
 
 
+TRACES_NEED_NOT = {"name", "runs_dir", "tracking", "evaluation.num_tasks", "rollout.num_tasks"} | {
+    f"rollout.{key}" for key in ("placement", "schedule", "max_rows", "prefill_chunk", "kv_gib", "stall_s")
+}
+"""Keys that may change when a run is resumed: they decide how and how many traces are made, not what is in one."""
+
+
 def check_resumable(config: RunConfig, folder: Path) -> None:
     """Refuse a folder whose traces another configuration has made. Raises DataError, ConfigError."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise DataError(f"{folder}: no config.yaml there; expected the folder of a run that was stopped, such as runs/mas")
-    before, wanted = load_config(file).model_dump(mode="json"), config.model_dump(mode="json")
-    changed = sorted(name for name in wanted if name not in ("name", "runs_dir") and wanted[name] != before[name])
+    before, wanted = _keys(load_config(file)), _keys(config)
+    keys = sorted(before.keys() | wanted.keys())
+    changed = [key for key in keys if key not in TRACES_NEED_NOT and before.get(key) != wanted.get(key)]
     if changed:
         raise ConfigError(
             f"{', '.join(changed)}: not as in {file}, so its traces are not this run's; give the configuration it was started "
             "with, or start a new run"
         )
+
+
+def _keys(config: RunConfig) -> dict[str, Any]:
+    """Values by section.key."""
+    found: dict[str, Any] = {}
+    for name, value in config.model_dump(mode="json").items():
+        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 def reopen(folder: Path, world: World, console: Console) -> Run:

@@ -27,7 +27,7 @@ from mas_hpc.orchestration.sampling import Sampling
 from mas_hpc.rollout.engine import Request
 from mas_hpc.rollout.scripted import ScriptedEngine
 from mas_hpc.rollouts import Played, finished, how_to_play, play_all, play_counted
-from mas_hpc.run import Run, build, claim_folder, write_config
+from mas_hpc.run import Run, build, check_resumable, claim_folder, write_config
 from mas_hpc.training.log import MetricsLog
 from mas_hpc.types import Task, Trace
 from tests.phases.conftest import QUICKSTART, opened
@@ -218,6 +218,9 @@ def test_a_run_is_taken_up_in_its_folder_with_its_own_configuration_only(tmp_pat
     write_config(config, tmp_path / "mas")
     run = build(config.model_copy(update={"name": "other"}), World(), Console(quiet=True), resume=tmp_path / "mas")
     assert run.resumes and run.folder == tmp_path / "mas" and not (tmp_path / "other").exists()
+    check_resumable(
+        config.model_copy(update={"rollout": config.rollout.model_copy(update={"stall_s": 900.0})}), tmp_path / "mas"
+    )
     with pytest.raises(ConfigError, match="seed: not as in"):
         build(config.model_copy(update={"seed": 7}), World(), Console(quiet=True), resume=tmp_path / "mas")
 
