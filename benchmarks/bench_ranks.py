@@ -84,7 +84,7 @@ def main() -> None:
         ("colocated-waves", 2, "colocated", "waves", False), ("one-two-models", 1, "colocated", "events", True),
         ("sharded", 2, "sharded", "events", True), ("sharded-waves", 2, "sharded", "waves", True),
     ]  # fmt: skip
-    tasks = 4 if quick else 16
+    tasks = 4 if quick else 12
     found = measure(cases, tasks, 1 if quick else REPEATS)
 
     def row(name: str, peer: str, what: str, target: float) -> Row:
