@@ -1,7 +1,7 @@
 """A CPU multiplies few rows by a weight faster when the weight lies in oneDNN's own layout, at the price of a second copy.
 
-Measured, one thread, fp32, SmolLM2-135M: all linear layers and the head for 8 rows 30 ms instead of 46, for 32 rows 86 instead
-of 116. The ops are those that torch.compile packs weights with; they are not part of torch's public interface.
+All linear layers and the head of SmolLM2-135M in fp32, one thread: a third less time for 8 rows, a quarter less for 32.
+The ops are those that torch.compile packs weights with; they are not part of torch's public interface.
 """
 
 from __future__ import annotations
