@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import IO, Literal
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import TCPStore
 
 from mas_hpc.distributed.shared_tickets import BEAT_S, Silence, declare_gone, read_record
+from mas_hpc.distributed.world import ranks_store
 
 RESTARTABLE = ("rollout", "evaluate")
 """Jobs that go on where they were; the others would begin again."""
@@ -104,11 +105,6 @@ def launch(plan: Launch) -> int:
 
 
 _EXIT_CODES = {"done": 0, "failed": 1, "stopped": INTERRUPTED}
-
-
-def ranks_store(host: Store, attempt: int) -> Store:
-    """World.store of the ranks of an attempt."""
-    return PrefixStore("mas_hpc", PrefixStore(f"attempt{attempt}", host))
 
 
 def say(message: str) -> None:

@@ -77,6 +77,16 @@ class World:
         return World(rank=ranks.rank, size=ranks.size, local_rank=local_rank, local_size=local_size, launcher="mpi")
 
 
+def attempt_store(host: Store, attempt: int) -> Store:
+    """The part of the ranks' store that belongs to one start of them all."""
+    return PrefixStore(f"attempt{attempt}", host)
+
+
+def ranks_store(host: Store, attempt: int) -> Store:
+    """World.store of the ranks of an attempt."""
+    return PrefixStore("mas_hpc", attempt_store(host, attempt))
+
+
 @contextmanager
 def connected(world: World) -> Iterator[World]:
     """Join the other ranks for the duration of the block; yields the world with its store. One compute thread a rank.
@@ -89,13 +99,13 @@ def connected(world: World) -> Iterator[World]:
         yield replace(world, hosts=(socket.gethostname(),))
     else:
         store, by_agent = _open_store(world)
-        attempt = PrefixStore(f"attempt{world.attempt}", store)
+        attempt = attempt_store(store, world.attempt)
         _arrive(world, attempt)
         group_store = PrefixStore("group", attempt)
         dist.init_process_group("gloo", rank=world.rank, world_size=world.size, store=group_store, timeout=COLLECTIVE_TIMEOUT)
         try:
             hosts = _gather_hosts(world)
-            yield replace(world, hosts=hosts, store=PrefixStore("mas_hpc", attempt), run_store=PrefixStore("run", store))
+            yield replace(world, hosts=hosts, store=ranks_store(store, world.attempt), run_store=PrefixStore("run", store))
         except RuntimeError as error:
             if _GLOO not in str(error):
                 raise

@@ -144,7 +144,7 @@ except KeyboardInterrupt:
 STALL = """
 import torch.distributed as dist
 from mas_hpc.distributed.shared_tickets import SharedTickets, next_phase
-from mas_hpc.distributed.supervisor import ranks_store
+from mas_hpc.distributed.world import ranks_store
 host = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]))
 tickets = SharedTickets(next_phase(ranks_store(host, attempt), rank, 2, "test", 8), stall_s=2.0)
 tickets.take(0, 2)
