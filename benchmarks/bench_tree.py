@@ -2,6 +2,7 @@
 
 The rows are transformers' own sdpa attention at its best: rows of equal length are batched together, so nothing is
 padded and no mask is built. Both sides compute the same hidden states at the same trained tokens (checked), no LM head.
+Run: OMP_NUM_THREADS=1 python benchmarks/bench_tree.py [--quick]
 Legend: N trained tokens, D hidden size, B rows, L row length.
 """
 
@@ -13,14 +14,15 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from reporting import Row, alternate, cost_row, cpu_seconds, report
+from reporting import Row, alternate, cost_row, cpu_seconds, report, table
+from rich.console import Console
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -41,6 +43,10 @@ TINY = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=4,
 )
+SHARE = 0.93
+"""Of the ratio of tokens: the least speed-up that is promised for trees that are large enough."""
+MAX_ROWS = 64
+"""Of a batch: 256 rows of the short trees at once would keep 15 GiB of activations, and take longer."""
 PEER = f"transformers {version('transformers')} sdpa, one row a sample"
 NOTES = {
     "work": "backbone forward + backward, float32, frozen weights, gradient to the input embeddings; no LM head, no optimizer",
@@ -48,7 +54,10 @@ NOTES = {
     "or of the tiny model",
     "cpu_s": "process CPU seconds, one thread, median of 3 repeats in alternation (ours, rows, ours, rows, ...)",
     "peak_mib": "a fresh process for each: VmHWM at the end minus VmRSS after the model is loaded; default allocator settings",
-    "rows": "rows of equal length in one batch: no padding, no mask; `one backward` keeps all rows until it, "
+    "target": f"{SHARE:.0%} of the ratio of tokens for the trees of SmolLM2-135M, no slower than rows for the others",
+    "linear": "on an AMD processor ours multiplies by the weights with oneDNN, as training does (models/linear.py); "
+    "elsewhere, and rows always, with what torch calls",
+    "rows": "rows of equal length in one batch (of at most 64): no padding, no mask; `one backward` keeps all rows until it, "
     "as a batch does, `a backward each` frees every batch of equal length before the next",
 }
 
@@ -86,8 +95,20 @@ class Shape:
         return samples
 
 
+WIDE = Shape(trees=1, prompt=300, agents=4, siblings=8, completion=48, cue=16, config=SMOLLM2_135M)
 SPINE = Shape(trees=1, prompt=200, agents=4, siblings=4, completion=64, cue=16, config=SMOLLM2_135M)
+SHORT = Shape(trees=64, prompt=40, agents=1, siblings=4, completion=12, cue=0, config=SMOLLM2_135M)
 FOREST = Shape(trees=64, prompt=8, agents=4, siblings=8, completion=6, cue=2, config=TINY)
+
+
+CASES = (
+    ("SmolLM2-135M tree (prompt 300, 4 agents, K=8, 48 tokens, cue 16)", WIDE, SHARE),
+    ("SmolLM2-135M tree (prompt 200, 4 agents, K=4, 64 tokens, cue 16)", SPINE, SHARE),
+    ("SmolLM2-135M, 64 trees (prompt 40, K=4, 12 tokens)", SHORT, None),
+    ("64 tiny trees (prompt 40, K=4, 12 tokens)", replace(SHORT, config=TINY), None),
+    ("64 tiny trees (prompt 8, 4 agents, K=8, 6 tokens, cue 2)", FOREST, None),
+)
+"""Name, shape, and the promised share of the ratio of tokens; None: no slower than rows."""
 
 
 def build(config: LlamaConfig, *, tree: bool) -> PreTrainedModel:
@@ -116,8 +137,7 @@ def row_step(model: PreTrainedModel, samples: list[Sample], *, backward_each: bo
     """Theirs. As in ours the last token, which predicts nothing, is not run."""
     total = 0.0
     pending: list[Tensor] = []
-    for _, group in groupby(sorted(samples, key=length), key=length):
-        rows = list(group)
+    for rows in equally_long(samples):
         token_BL = torch.tensor([sample.prompt_ids + sample.completion_ids[:-1] for sample in rows])
         hidden_BLD = model.model(input_ids=token_BL, use_cache=False).last_hidden_state
         loss = score(hidden_BLD[:, len(rows[0].prompt_ids) - 1 :])
@@ -131,6 +151,13 @@ def row_step(model: PreTrainedModel, samples: list[Sample], *, backward_each: bo
     return total
 
 
+def equally_long(samples: list[Sample]) -> Iterator[list[Sample]]:
+    """Batches of at most MAX_ROWS rows of one length."""
+    for _, group in groupby(sorted(samples, key=length), key=length):
+        rows = list(group)
+        yield from (rows[first : first + MAX_ROWS] for first in range(0, len(rows), MAX_ROWS))
+
+
 def length(sample: Sample) -> int:
     return len(sample.prompt_ids) + len(sample.completion_ids)
 
@@ -142,15 +169,17 @@ STEPS: dict[str, Callable[[PreTrainedModel, list[Sample]], float]] = {
 }
 
 
-def time_row(name: str, shape: Shape, *, target: float) -> Row:
+def time_row(name: str, shape: Shape, share: float | None, *, repeats: int) -> Row:
     """CPU seconds of one step."""
     samples = shape.samples()
     models = {"tree": build(shape.config, tree=True), "rows_each": build(shape.config, tree=False)}
     losses = [STEPS[kind](model, samples) for kind, model in models.items()]  # warms up as well
     torch.testing.assert_close(*(torch.tensor(loss) for loss in losses), rtol=1e-3, atol=1e-2)
-    ours, theirs = alternate([lambda kind=kind: cpu_seconds(lambda: STEPS[kind](models[kind], samples)) for kind in models])
+    work = [lambda kind=kind: cpu_seconds(lambda: STEPS[kind](models[kind], samples)) for kind in models]
+    ours, theirs = alternate(work, repeats=repeats)
     tree_tokens = len(pack(samples, adapters={}, scope="sequence"))
     row_tokens = sum(length(sample) - 1 for sample in samples)
+    target = 1.0 if share is None else share * row_tokens / tree_tokens
     case = f"{name}: {tree_tokens} tree tokens for {row_tokens} in rows"
     return cost_row(case=case, metric="cpu_s", ours=ours, peer=PEER, theirs=theirs, target=target)
 
@@ -188,17 +217,17 @@ def main() -> None:
     """Measure everything, or with --peak the memory of one step in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peak", choices=STEPS)
+    parser.add_argument("--quick", action="store_true", help="the tiny model, once: to see that it runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.peak:
         print(json.dumps(peak_mib(arguments.peak)))
-        return
-    rows = [
-        time_row("SmolLM2-135M tree (prompt 200, 4 agents, K=4, 64 tokens, cue 16)", SPINE, target=4.2),
-        *memory_rows(),
-        time_row("64 tiny trees (prompt 8, 4 agents, K=8, 6 tokens, cue 2)", FOREST, target=1.0),
-    ]
-    print(report("tree", rows, notes=NOTES).name)
+    elif arguments.quick:
+        tiny = [time_row(name, replace(shape, config=TINY), None, repeats=1) for name, shape, _ in CASES]
+        Console().print(table("every shape with the tiny model", tiny))
+    else:
+        memory = memory_rows()  # first: what timing has freed stays with this process
+        report("tree", [*(time_row(name, shape, share, repeats=3) for name, shape, share in CASES), *memory], notes=NOTES)
 
 
 if __name__ == "__main__":

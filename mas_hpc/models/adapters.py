@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mas_hpc.errors import CheckpointError, ConfigError
+from mas_hpc.models.linear import linear
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -45,10 +46,13 @@ class Route:
 class BankLinear(nn.Module):
     """A frozen linear layer and one low-rank update per policy; `weight` and `bias` keep their names in checkpoints."""
 
-    def __init__(self, base: nn.Linear, generators: Sequence[torch.Generator], rank: int, route: Route) -> None:
+    def __init__(
+        self, base: nn.Linear, generators: Sequence[torch.Generator], rank: int, route: Route,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.weight, self.bias, self.route = base.weight, base.bias, route
-        like = base.weight.new_empty(0, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        like = torch.empty(0, dtype=torch.promote_types(base.weight.dtype, torch.float32), device=device or base.weight.device)
         blocks = [torch.empty(rank, base.in_features) for _ in generators]
         for block, generator in zip(blocks, generators, strict=True):
             nn.init.kaiming_uniform_(block, a=math.sqrt(5), generator=generator)
@@ -57,7 +61,7 @@ class BankLinear(nn.Module):
 
     def base(self, x: Tensor) -> Tensor:
         """The frozen layer."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [1, T, in] to [1, T, out]; without a route any shape, by the base alone."""
@@ -96,11 +100,12 @@ class AdapterBank:
         target_modules: Sequence[str],
         seed: int,
         rank_stabilized: bool = False,
+        device: torch.device | None = None,
     ) -> AdapterBank:
         """Freeze the model and give its linear layers of the named kinds one adapter per policy, in place.
 
         A is drawn as PEFT draws it, from a generator per policy (seed + index); B is zero, so that nothing changes yet.
-        Adapters live on the base weight's device, in float32 or, on a float64 base, float64.
+        Adapters live on `device`, which is the base weights' unless named, in float32 or, on a float64 base, float64.
         Raises ConfigError when a target is not a linear layer.
         """
         assert policies and len(set(policies)) == len(policies), f"policies must be distinct: {policies}"
@@ -108,7 +113,7 @@ class AdapterBank:
         model.requires_grad_(False)
         generators = [torch.Generator().manual_seed(seed + index) for index in range(len(policies))]
         route = Route()
-        layers = {name: BankLinear(linear, generators, rank, route) for name, linear in targets.items()}
+        layers = {name: BankLinear(linear, generators, rank, route, device) for name, linear in targets.items()}
         for name, layer in layers.items():
             model.set_submodule(name, layer)
         return cls(policies, layers, rank=rank, alpha=alpha, rank_stabilized=rank_stabilized)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from mas_hpc.errors import ConfigError
+from mas_hpc.models.linear import use_linear
 
 NAME = "mas_hpc"
 
@@ -27,8 +28,13 @@ class Attend(Protocol):
 
 def _dispatch(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    *, scaling: float | None = None, attend: Attend, **_: Any,
+    *, scaling: float | None = None, s_aux: Tensor | None = None, attend: Attend, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
+    if s_aux is not None:
+        raise ConfigError(
+            f"model.path: {module.config.model_type} has attention sinks, which tree attention does not compute; "
+            "choose a model with plain causal attention"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(module.layer_idx, query[0], key[0], value[0], scaling).unsqueeze(0), None
 
@@ -37,9 +43,10 @@ AttentionInterface.register(NAME, _dispatch)
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Switch the model to our attention.
+    """Switch the model to our attention, and its linear layers to our product, in place.
 
-    Raises ConfigError for architectures whose attention is not plain causal, or whose logits are not just the LM head's.
+    Raises ConfigError for architectures whose attention is not plain causal, or whose logits are not just the LM head's;
+    attention sinks show, and are refused, in the first pass.
     """
     config = model.config
     if scaled := scaled_logits(config):
@@ -52,12 +59,14 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     # Mistral, Phi-3 and others name no kinds: all their layers have the one window, if it is shorter than the context.
     if kinds is None and (getattr(config, "sliding_window", None) or math.inf) < config.max_position_embeddings:
         windowed = [f"sliding_window={config.sliding_window}"]
-    if windowed or getattr(config, "attn_logit_softcapping", None):
+    capped = [f"attn_logit_softcapping={cap}"] if (cap := getattr(config, "attn_logit_softcapping", None)) else []
+    if windowed or capped:
         raise ConfigError(
-            f"model.path: {config.model_type} has sliding-window or soft-capped attention {sorted(set(windowed))}, "
+            f"model.path: {config.model_type} has sliding-window or soft-capped attention {sorted({*windowed, *capped})}, "
             "which tree attention does not compute; choose a model with full causal attention"
         )
     model.set_attn_implementation(NAME)
+    use_linear(model)
     return model
 
 

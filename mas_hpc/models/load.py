@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -25,63 +24,80 @@ from transformers import (
 
 from mas_hpc.config import ModelConfig
 from mas_hpc.errors import CheckpointError, ConfigError
+from mas_hpc.hub import folder_of
 from mas_hpc.models import smollm2
 from mas_hpc.models.attention import prepare
 
 ALPHABET = "0123456789+-*/=()!?$. \nQSCRV"
 """Characters of the tiny model; each is one token. <pad> and <eos> follow."""
+CPU = torch.device("cpu")
 MAX_POSITIONS = 512
 """Context of the tiny model in tokens."""
 
 
-def load_model(config: ModelConfig, *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model (our attention, evaluation mode, no dropout, `config.dtype`) and its tokenizer.
+def load_model(
+    config: ModelConfig, *, seed: int, device: torch.device = CPU
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
+    """Return the model on `device` (our attention, evaluation mode, no dropout, `config.dtype`) and its tokenizer.
 
     `seed` initialises the tiny model and leaves torch's own generator alone; trained models do not depend on it.
     Raises ConfigError for a path or size that cannot be used, CheckpointError for damaged or incomplete weights.
     """
     logging.disable_progress_bar()
-    if config.path == "tiny":
-        model, tokenizer = _tiny_model(config, seed)
-    else:
-        model, tokenizer = _pretrained(config)
+    folder = model_folder(config)
+    model, tokenizer = _tiny_model(config, seed) if folder is None else _pretrained(config, folder)
+    return finished(model).to(device), tokenizer  # type: ignore[arg-type]
+
+
+def finished(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with our attention, in evaluation mode, without dropout."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # also in train(): the trained log-probs must be those of the policy that was sampled
-    return prepare(model.eval()), tokenizer
+    return prepare(model.eval())
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer alone, where the model is on other ranks. Raises ConfigError as load_model does."""
-    if config.path == "tiny":
+    folder = model_folder(config)
+    if folder is None:
         return _tiny_tokenizer()
-    name, source = _source(config)
     try:
-        return AutoTokenizer.from_pretrained(name, **source)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(_not_loadable(config.path, Path(name), error)) from None
+        raise ConfigError(_not_loadable(config.path, folder, error)) from None
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the model, without reading its weights. Raises ConfigError as load_model does."""
-    if config.path == "tiny":
+    folder = model_folder(config)
+    if folder is None:
         return _tiny_model(config, 0)[0].num_parameters()
-    name, source = _source(config)
     try:
-        shape = AutoConfig.from_pretrained(name, **source)
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=config.trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(shape, trust_remote_code=config.trust_remote_code).num_parameters()
     except (OSError, ValueError) as error:
-        raise ConfigError(_not_loadable(config.path, Path(name), error)) from None
+        raise ConfigError(_not_loadable(config.path, folder, error)) from None
 
 
-def model_folder(config: ModelConfig) -> Path:
-    """Where the model lies on this machine, fetched from the hub if it must be. Raises ConfigError as load_model does."""
-    name, _ = _source(config)
+def model_folder(config: ModelConfig, *, refresh: bool = False) -> Path | None:
+    """Where the model lies on this machine: in the folder named, or in the cache of smollm2 or of the hub; None for tiny.
+
+    What is not in the cache is brought there, and with `refresh` what has changed. Raises ConfigError for a name that leads
+    nowhere, CheckpointError for a smollm2 that cannot be converted.
+    """
+    if config.path == "tiny":
+        return None
+    if config.path == "smollm2":
+        return smollm2.converted_folder()
+    local = Path(config.path).expanduser()
+    if local.is_dir():
+        return local
     try:
-        return Path(name) if Path(name).is_dir() else Path(snapshot_download(name))
+        return folder_of(config.path, "model", refresh=refresh)
     except (OSError, ValueError) as error:
-        raise ConfigError(_not_loadable(config.path, Path(name), error)) from None
+        raise ConfigError(_not_loadable(config.path, local, error)) from None
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -139,27 +155,19 @@ def _tiny_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTra
     return model.to(getattr(torch, config.dtype)), tokenizer
 
 
-def _source(config: ModelConfig) -> tuple[str, dict[str, bool]]:
-    """Name of a model for the library, a local folder (never asks the network) or a hub name, and how it may be read."""
-    path = str(smollm2.converted_folder()) if config.path == "smollm2" else config.path
-    local = Path(path).expanduser()
-    name = str(local) if local.is_dir() else path
-    return name, {"local_files_only": local.is_dir(), "trust_remote_code": config.trust_remote_code}
-
-
-def _pretrained(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _pretrained(config: ModelConfig, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Weights from safetensors only."""
-    name, source = _source(config)
-    path, local = (name if config.path == "smollm2" else config.path), Path(name).expanduser()
+    path = config.path
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True, **source
+            folder, dtype=getattr(torch, config.dtype), use_safetensors=True, output_loading_info=True, **source
         )
     except SafetensorError as error:
         raise CheckpointError(f"model.path={path!r}: damaged weights ({error}); copy the model again") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(_not_loadable(path, local, error)) from None
+        raise ConfigError(_not_loadable(path, folder, error)) from None
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -174,8 +182,9 @@ def _not_loadable(path: str, local: Path, error: Exception) -> str:
     """What was tried, and what the library said."""
     reason = " ".join(str(error).split())[:400]
     if local.is_dir():
+        where = "" if local == Path(path).expanduser() else f" {local}"
         return (
-            f"model.path={path!r}: the folder holds no model that can be loaded; expected config.json, *.safetensors "
+            f"model.path={path!r}: the folder{where} holds no model that can be loaded; expected config.json, *.safetensors "
             f"and tokenizer files of a causal language model ({reason})"
         )
     names = ["tiny", "smollm2"] + ([entry.name for entry in local.parent.iterdir()] if local.parent.is_dir() else [])

@@ -1,4 +1,4 @@
-"""FlexAttention's kernels for accelerators are not run: its eager mode is, and the blocks are compared with its own."""
+"""Where there is an accelerator FlexAttention's kernels run; elsewhere its eager mode does, and block masks are compared."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as library
 
 from mas_hpc.models import flex_attention
-from mas_hpc.models.flex_attention import TILE, FlexTreeAttention, block_grids, block_mask, tree_attention
+from mas_hpc.models.flex_attention import FLEX_DEVICES, TILE, FlexTreeAttention, block_grids, block_mask, tree_attention
 from mas_hpc.models.tree_attention import TreeAttention
 from mas_hpc.prefix_tree import merge
 
@@ -88,6 +88,28 @@ def test_a_cpu_gets_blocks_of_sdpa_and_an_accelerator_the_compiled_call(monkeypa
     attend = tree_attention(tree.leave_T, queries=np.array([1, 3]))
     assert isinstance(attend, FlexTreeAttention)
     assert attend._function is flex_attention._compiled()
+
+
+@pytest.mark.skipif(
+    not any(getattr(torch, kind).is_available() for kind in FLEX_DEVICES), reason=f"no accelerator: {' or '.join(FLEX_DEVICES)}"
+)
+@pytest.mark.parametrize("which", ["all", "some"])
+def test_an_accelerator_gives_the_values_and_gradients_of_the_cpu(which):
+    device = torch.accelerator.current_accelerator()
+    tree = long_forest()
+    queries = chosen_queries(tree)[which]
+    inputs = heads(tree, queries, torch.float32)
+    moved = [part.detach().to(device).requires_grad_() for part in inputs]
+    ours = tree_attention(tree.leave_T, queries=queries, device=device)(0, *moved, 0.3)
+    blocks = TreeAttention(tree.leave_T, queries=queries)(0, *inputs, 0.3)
+    torch.testing.assert_close(ours.cpu(), blocks, rtol=1e-3, atol=1e-3)  # products may be TF32
+    weight = torch.linspace(-1, 1, ours.numel()).view_as(blocks)
+    for got, expected in zip(
+        torch.autograd.grad((ours * weight.to(device)).sum(), moved),
+        torch.autograd.grad((blocks * weight).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.slow
