@@ -1,4 +1,7 @@
-"""Ranks wait for each other by keys of the store, in bounded time, and know who has not come."""
+"""Ranks wait for each other by keys of the store, in bounded time, and know who has not come.
+
+Whoever comes as number n sets key n, and all wait for the last number alone: each for all keys would be quadratic in the ranks.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,21 @@ from datetime import timedelta
 
 from torch.distributed import DistStoreError, PrefixStore, Store
 
+from mas_hpc.distributed.many_keys import read_there
+
 
 def arrive(store: Store, name: str, rank: int) -> None:
-    """Say that this rank has come to `name`."""
-    store.set(f"{name}/{rank}", "")
+    """Say that this rank has come to `name`, once."""
+    place = PrefixStore(name, store)
+    place.set(str(place.add("count", 1)), str(rank))
 
 
 def absent(store: Store, name: str, size: int, timeout: timedelta) -> list[int]:
     """Wait until all ranks have come to `name`, at most `timeout`; those that have not."""
-    arrived = PrefixStore(name, store)
-    ranks = [str(rank) for rank in range(size)]
+    place = PrefixStore(name, store)
     try:
-        arrived.wait(ranks, timeout)
+        place.wait([str(size)], timeout)
     except DistStoreError:
-        return [int(rank) for rank in ranks if not arrived.check([rank])]
+        came = {int(rank) for rank in read_there(place, [str(number) for number in range(1, size + 1)]).values()}
+        return [rank for rank in range(size) if rank not in came]
     return []

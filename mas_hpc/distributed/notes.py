@@ -7,9 +7,10 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import PrefixStore
 
+from mas_hpc.distributed.many_keys import read_there
 from mas_hpc.distributed.shared_tickets import gone_ranks
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import RolloutError
+from mas_hpc.errors import LostPeerError
 
 
 def tell_first(world: World, label: str, text: str, *, patience_s: float) -> dict[int, str]:
@@ -28,7 +29,8 @@ def tell_first(world: World, label: str, text: str, *, patience_s: float) -> dic
     missed = set(world.store.get("notes/missed").decode().split()) if world.store.check(["notes/missed"]) else set()
     missed |= {str(rank) for rank in gone_ranks(world.store)}
     told = _within(store, [f"{number}/{rank}" for rank in range(world.size) if str(rank) not in missed], patience_s)
-    texts = {rank: store.get(f"{number}/{rank}").decode() for rank in range(world.size) if store.check([f"{number}/{rank}"])}
+    found = read_there(store, [f"{number}/{rank}" for rank in range(world.size)])
+    texts = {int(key.rpartition("/")[2]): said.decode() for key, said in found.items()}
     if not told:
         world.store.set("notes/missed", " ".join(str(rank) for rank in range(world.size) if rank not in texts))
     for rank in texts:
@@ -37,7 +39,7 @@ def tell_first(world: World, label: str, text: str, *, patience_s: float) -> dic
 
 
 def from_first(world: World, label: str, text: str, *, patience_s: float) -> str:
-    """Rank 0's text on every rank; others give theirs for nothing. Raises RolloutError when rank 0 does not come in time."""
+    """Rank 0's text on every rank; others give theirs for nothing. Raises LostPeerError when rank 0 does not come in time."""
     if world.store is None:
         return text
     store = PrefixStore(f"notes/{label}", world.store)
@@ -46,7 +48,8 @@ def from_first(world: World, label: str, text: str, *, patience_s: float) -> str
         store.set(key, text)
         return text
     if not _within(store, [key], patience_s):
-        raise RolloutError(f"{label}: rank {world.rank} has heard nothing from rank 0 for {patience_s:g} s; look for its error")
+        silence = f"rank {world.rank} has heard nothing from rank 0 for {patience_s:g} s"
+        raise LostPeerError(f"{label}: {silence}; look for its error")
     return store.get(key).decode()
 
 

@@ -5,7 +5,8 @@ it cannot live without its leases. `<phase>/next` counts the jobs that were hand
 of a job, with the rank that gave it: it is written once, by compare-and-set, and that write alone decides whose result counts.
 Everything else may be stale, lost or doubled at the cost of a job played twice, never of one that counts twice or is missing.
 
-Costs, in round trips to the store: 2 a chunk, 1 a finished job, 1 a job to drop it, and about 2 a second a rank. A store whose
+Costs, in round trips to the store: 2 a chunk, 1 a finished job, 1 a job to drop it, and about 2 a second a rank (fewer where
+ranks are many). A store whose
 host is stopped, not dead, blocks its clients until it goes on: torch's client has no timeout for that.
 """
 
@@ -23,7 +24,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from mas_hpc.errors import RolloutError
+from mas_hpc.distributed.many_keys import WINDOW, read_there, windows
+from mas_hpc.errors import LostPeerError
 
 SUPPLY = 0.9
 """Part of its fair share of the work left that a rank has under way. Work that is held back evens out ranks of unequal speed
@@ -32,12 +34,13 @@ long-tailed lengths, steps from all base cost to all cost per row) fixed shares 
 ranks, and 0.99 to 1.21 times where one was 1.5 times slower; with 0.75, 0.85 to 1.09 and 0.91 to 1.21."""
 BEAT_S = 1.0
 """Least time between two signs of life, and between two looks at what others have finished while busy; at most stall_s / 8."""
+BEATS_PER_S, LOOKS_PER_S, WATCHES_PER_S = 5000.0, 10_000.0, 1000.0
+"""Signs of life, looks when idle and looks at the others' records that all ranks together may give or take: the store's host
+serves one after the other, at 5 to 25 us each, so that with more ranks each waits longer (benchmarks/scaling/README.md)."""
 IDLE_S = 0.02
 """Least time between two looks at what others have finished when there is nothing else to do."""
 WATCH_S = 5.0
 """Most time between two looks at the other ranks' records, by a rank that has room when everything is handed out."""
-WINDOW = 64
-"""Keys of one message: bounds its size, and how many records a rank reads at a look."""
 COMPRESSED_BYTES = 16 << 10
 """Longer results are compressed, by zlib's fastest: less than half the size, in less time than JSON takes to be parsed again.
 Shorter ones would cost more time than everything else about a ticket."""
@@ -102,19 +105,23 @@ def declare_gone(store: Store, rank: int) -> None:
     PrefixStore("tickets", store).append("gone", f"{rank},")  # type: ignore[attr-defined]  # absent from torch's stubs
 
 
-def read_record(store: Store, rank: int) -> Record | None:
-    """What a rank last said about itself; None before its first phase."""
-    store, key = PrefixStore("tickets", store), f"beat/{rank}"
-    return Record.from_json(store.get(key).decode()) if store.check([key]) else None
+def read_records(store: Store, ranks: Sequence[int]) -> dict[int, Record]:
+    """What ranks last said about themselves; of those that have come to a phase."""
+    return {rank: Record.from_json(text) for rank, text in _texts(PrefixStore("tickets", store), ranks).items()}
+
+
+def _texts(store: Store, ranks: Sequence[int]) -> dict[int, str]:
+    found = read_there(store, [f"beat/{rank}" for rank in ranks])
+    return {int(key.rpartition("/")[2]): text.decode() for key, text in found.items()}
 
 
 @contextmanager
 def reaching(store: Store, label: str, rank: int) -> Iterator[None]:
-    """A store that is gone is a RolloutError that names it."""
+    """A store that is gone is a LostPeerError that names it."""
     try:
         yield
     except dist.DistError as error:
-        raise RolloutError(
+        raise LostPeerError(
             f"{label}: rank {rank} has lost the store of the ranks at {address(store)} ({error}): the process that hosts it "
             "has ended, so nobody can hand out work; look for the first error of that process, then start again"
         ) from error
@@ -125,6 +132,11 @@ def address(store: Store) -> str:
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     return f"{store.host}:{store.port}" if isinstance(store, dist.TCPStore) else type(store).__name__
+
+
+def beat_s(size: int) -> float:
+    """Time between two signs of life of a rank, and between two looks of whoever watches them, where stall_s allows."""
+    return max(BEAT_S, size / BEATS_PER_S)
 
 
 def supply(live: int, finished: int, unassigned: int, count: int, size: int) -> int:
@@ -158,14 +170,16 @@ class SharedTickets:
         self._store = phase.store
         self._keys = f"{phase.number}/"
         self._stall_s = stall_s
-        self._beat_s = min(BEAT_S, stall_s / 8)
+        self._beat_s = min(beat_s(phase.size), stall_s / 8)
+        self._idle_s = min(max(IDLE_S, phase.size / LOOKS_PER_S), self._beat_s)
+        self._watch_s = min(max(WATCH_S, phase.size / WATCHES_PER_S), stall_s / 4)
         self._clock = clock
         self._held: set[int] = set()
         self._num_finished = 0  # here
         self._num_handed_out = 0  # at least
         self._frontier = 0  # all jobs below it are finished
         self._beat = 0
-        self._others = [(phase.rank + step) % phase.size for step in range(1, phase.size)]
+        self._num_watched = 0
         self._silence = Silence()
         now = clock()
         self._next_beat = self._next_look = self._next_watch = now
@@ -203,8 +217,8 @@ class SharedTickets:
         with self._reaching():
             self._beat_when_due()
             now = self._clock()
-            if self._num_handed_out >= self._phase.count and now >= self._next_look:
-                self._next_look = now + (self._beat_s if self._held else IDLE_S)
+            if self._frontier < self._phase.count <= self._num_handed_out and now >= self._next_look:
+                self._next_look = now + (self._beat_s if self._held else self._idle_s)
                 self._advance(now)
         return self._frontier == self._phase.count
 
@@ -226,9 +240,8 @@ class SharedTickets:
     def _won(self, job: int) -> str:
         return f"{self._keys}won/{job}"
 
-    def _windows(self, start: int) -> Iterator[range]:
-        count = self._phase.count
-        return (range(first, min(first + WINDOW, count)) for first in range(start, count, WINDOW))
+    def _windows(self, start: int) -> Iterator[Sequence[int]]:
+        return windows(range(start, self._phase.count))
 
     def _write_record(self, *, is_open: bool = True) -> None:
         self._beat += 1
@@ -247,11 +260,17 @@ class SharedTickets:
             self._num_handed_out = self._store.add(f"{self._keys}next", 0)
 
     def _advance(self, now: float) -> None:
-        """Move the frontier over the windows of jobs that are all finished."""
+        """Move the frontier over the windows of jobs that are all finished, from where any rank has moved it."""
+        key = f"{self._keys}frontier"
+        begun, shared = self._frontier, self._store.add(key, 0)
+        self._frontier = max(begun, shared)
         for jobs in self._windows(self._frontier):
             if not self._store.check([self._won(job) for job in jobs]):
-                return
-            self._frontier = jobs.stop
+                break
+            self._frontier = jobs[-1] + 1
+        if self._frontier > shared:
+            self._store.set(key, str(self._frontier))  # two that do so at once may set it back, which costs them a look
+        if self._frontier > begun:
             self._stuck_since = now
 
     def _draw(self, live: int, room: int) -> list[int]:
@@ -275,10 +294,9 @@ class SharedTickets:
         now = self._clock()
         if now < self._next_watch:
             return []
-        self._next_watch = now + min(WATCH_S, self._stall_s / 4)
-        watched, self._others = self._others[:WINDOW], self._others[WINDOW:] + self._others[:WINDOW]
+        self._next_watch = now + self._watch_s
         gone = _gone(self._store)
-        for rank, text in self._records(watched):
+        for rank, text in self._texts(self._watched()).items():
             record = Record.from_json(text)
             if record.phase == self._phase.number and record.jobs:
                 is_lost = self._silence.of(rank, record.beat, now) >= self._stall_s or rank in gone
@@ -291,14 +309,15 @@ class SharedTickets:
         self._stuck_since = now
         return self._find_unknown(room)
 
-    def _records(self, ranks: Sequence[int]) -> list[tuple[int, str]]:
-        """Records of the ranks that have any; one round trip when all have."""
-        keys = [f"beat/{rank}" for rank in ranks]
-        if not self._store.check(keys):
-            ranks = [rank for rank in ranks if self._store.check([f"beat/{rank}"])]
-            keys = [f"beat/{rank}" for rank in ranks]
-        found = self._store.multi_get(keys) if keys else []
-        return [(rank, data.decode()) for rank, data in zip(ranks, found, strict=True)]
+    def _watched(self) -> list[int]:
+        """The next WINDOW of the other ranks, in a circle that begins behind this one."""
+        others = self._phase.size - 1
+        steps = [(self._num_watched + step) % others for step in range(min(WINDOW, others))]
+        self._num_watched += len(steps)
+        return [(self._phase.rank + 1 + step) % self._phase.size for step in steps]
+
+    def _texts(self, ranks: Sequence[int]) -> dict[int, str]:
+        return _texts(self._store, ranks)
 
     def _take_lease(self, rank: int, text: str, room: int) -> list[int]:
         """Unfinished jobs of a lost rank; none if another rank was faster or the rank has come back."""
@@ -310,7 +329,7 @@ class SharedTickets:
 
     def _find_unknown(self, room: int) -> list[int]:
         """Unfinished jobs in nobody's record: whose taker died before it could write them down. Two ranks may find the same."""
-        records = [Record.from_json(text) for _, text in self._records(range(self._phase.size))]
+        records = [Record.from_json(text) for text in self._texts(range(self._phase.size)).values()]
         known = {job for record in records if record.phase == self._phase.number for job in record.jobs}
         return self._startable([job for job in range(self._frontier, self._phase.count) if job not in known])[:room]
 
@@ -332,7 +351,7 @@ class SharedTickets:
             return
         for job in range(phase.count):
             self._store.delete_key(self._won(job))
-        for name in ("next", "what", "num_read", *(f"read/{rank}" for rank in range(phase.size))):
+        for name in ("next", "what", "frontier", "num_read", *(f"read/{rank}" for rank in range(phase.size))):
             self._store.delete_key(f"{keys}{name}")
 
 

@@ -1,8 +1,8 @@
-"""Ranks on this host under one parent: it hosts their store, outlives them, and starts them again when they die.
+"""Ranks on this host under one parent: it hosts their store, outlives them, and starts them again when that can help.
 
-A rank that dies by a signal leaves its work to the others, who go on. When rank 0 dies, which writes the results, or when the
-others cannot go on without the dead (collectives), all ranks start again in the same run folder and play what is missing.
-A rank that fails by itself, with an exit code and a message, would fail again: that ends the run.
+rollout, evaluate: a rank that dies by a signal leaves its work to the others, who go on. In every other case all ranks start
+again in the same run folder: they play what is missing, and train from the last whole checkpoint. A mistake of the user, a
+device that is too small, and a fault that comes back at the same step end the run instead; see Restarts.
 """
 
 from __future__ import annotations
@@ -10,101 +10,73 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import subprocess
+import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import IO, Literal
 
 from torch.distributed import TCPStore
 
-from mas_hpc.distributed.shared_tickets import BEAT_S, Silence, declare_gone, read_record
+from mas_hpc.distributed import heartbeats
+from mas_hpc.distributed.heartbeats import Heartbeat, LastError
+from mas_hpc.distributed.shared_tickets import Silence, beat_s, declare_gone, read_records
+from mas_hpc.distributed.supervisor_ranks import ADDRESS, GRACE_S, POLL_S, Launch, Nodes, Start, ThisHost, wait_until
+from mas_hpc.distributed.supervisor_verdict import Ending, Found, Restarts, Verdict, explain, judge, name_of
 from mas_hpc.distributed.world import ranks_store
+from mas_hpc.exits import HUNG, INTERRUPTED, MISTAKE, NOT_FINISHED
 
-RESTARTABLE = ("rollout", "evaluate")
-"""Jobs that go on where they were; the others would begin again."""
-POLL_S = 0.1
-"""Time between two looks at the ranks' processes."""
+OUTLIVES = ("rollout", "evaluate")
+"""Jobs without collectives: the others finish the work of a rank that died."""
 SETTLE_S = 1.0
 """A failed rank may be the first sign of another's death: how long that may take to show."""
-GRACE_S = 10.0
-"""How long ranks may take to end after rank 0 has, and after each signal that asks them to."""
 STALL_FACTOR = 2.0
 """A rank without a sign of life for so many times stall_s is ended. By one the others have its work; it may still come back."""
-MAX_BACK_OFF_S = 30.0
-STALLED, INTERRUPTED = 124, 130
-_ADDRESS = "127.0.0.1"
-
-Verdict = Literal["running", "done", "failed", "died"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """What is started.
+def launch(plan: Launch, nodes: Nodes | None = None) -> int:
+    """Run the ranks until they are done, on this host or on nodes. Says on stderr what it does.
 
-    Example: Launch(job="rollout", command=("python", "-m", "mas_hpc", "rollout", "mas.yaml"), ranks=2, max_restarts=3)
+    The exit code: 0, 1, HUNG, INTERRUPTED, or NOT_FINISHED for a run that was asked to end, or has no nodes to go on with.
     """
-
-    job: str
-    """Name of the job, such as those in RESTARTABLE."""
-    command: tuple[str, ...]
-    """Of each rank; the environment tells it which one it is."""
-    ranks: int
-    max_restarts: int
-    """Of all ranks together."""
-
-
-def judge(codes: Sequence[int | None]) -> Verdict:
-    """What the ranks' exit codes mean: None still runs, below 0 died of that signal, above 0 failed by itself.
-
-    A failure after a death is taken for its consequence. The end of rank 0 is that of the run.
-    """
-    died = any(code is not None and code < 0 for code in codes)
-    if any(code is not None and code > 0 for code in codes):
-        return "died" if died else "failed"
-    if codes[0] is None:
-        return "running"
-    return "done" if codes[0] == 0 else "died"
-
-
-def rank_environment(base: Mapping[str, str], rank: int, ranks: int, *, port: int, attempt: int) -> dict[str, str]:
-    """The variables of one rank, as torchrun would set them; OMP_NUM_THREADS is the user's, if set."""
-    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    return {
-        "OMP_NUM_THREADS": "1",
-        **base,
-        **{name: str(value) for name, value in place.items()},
-        "MASTER_ADDR": _ADDRESS,
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": str(attempt),
-    }
-
-
-def launch(plan: Launch) -> int:
-    """Run the ranks until they are done; the exit code: 0, 1, STALLED or INTERRUPTED. Says on stderr what it does."""
-    host = TCPStore(_ADDRESS, 0, None, True, timedelta(seconds=GRACE_S), wait_for_workers=False)
+    host = TCPStore(ADDRESS, 0, None, True, timedelta(seconds=GRACE_S), wait_for_workers=False)
+    restarts, nodes = Restarts(plan.max_restarts), nodes or ThisHost()
     with _stop_signals() as stops:
-        for attempt in itertools.count():
-            outcome = _Attempt(plan, host, attempt, stops).run()
-            if outcome in _EXIT_CODES:
-                return _EXIT_CODES[outcome]
-            if plan.job not in RESTARTABLE:
-                return _give_up(outcome, f"{plan.job} cannot go on where it was; start it again")
-            if attempt == plan.max_restarts:
-                return _give_up(outcome, f"started {attempt + 1} times (--max-restarts {plan.max_restarts})")
-            delay_s = min(2.0**attempt, MAX_BACK_OFF_S)
-            say(f"all ranks start again in {delay_s:g} s ({attempt + 1} of at most {plan.max_restarts} restarts)")
-            _wait_until(lambda: bool(stops), delay_s)
+        for attempt in itertools.count(nodes.first_attempt):
+            ending = _Attempt(plan, nodes, host, attempt, stops).run()
+            code = INTERRUPTED if stops else _decide(ending, nodes, restarts)
+            if code is not None:
+                return code
+            say(f"{ending.what}; all ranks start again in {restarts.delay_s:g} s ({restarts.count} restarts)")
+            wait_until(lambda: bool(stops), restarts.delay_s)
             if stops:
                 return INTERRUPTED
     raise AssertionError("unreachable")
 
 
-_EXIT_CODES = {"done": 0, "failed": 1, "stopped": INTERRUPTED}
+def _decide(ending: Ending, nodes: Nodes, restarts: Restarts) -> int | None:
+    """The exit code of the launch; None: the ranks are started again."""
+    if ending.verdict == "done":
+        return 0
+    if ending.verdict == "failed":
+        say(f"error: {ending.what}")
+        return 1
+    if ending.verdict == "stopped" or nodes.hurry():
+        say(ending.what)
+        return NOT_FINISHED
+    if reason := restarts.refuse(ending):
+        say(f"error: {reason}")
+        return HUNG if ending.verdict == "hung" else 1
+    if reason := nodes.replace(ending):
+        say(f"error: {ending.what}, and {reason}")
+        return NOT_FINISHED
+    return None
+
+
+def user_environment() -> Mapping[str, str]:
+    """What this process was started with, and ranks get."""
+    return os.environ
 
 
 def say(message: str) -> None:
@@ -112,44 +84,68 @@ def say(message: str) -> None:
     print(f"launch: {message}", file=sys.stderr, flush=True)
 
 
-def _give_up(outcome: str, reason: str) -> int:
-    say(f"error: a rank {outcome}, and {reason}")
-    return STALLED if outcome == "stalled" else 1
-
-
 class _Attempt:
     """One start of all ranks."""
 
-    def __init__(self, plan: Launch, host: TCPStore, attempt: int, stops: list[int]) -> None:
-        self._stops = stops
+    def __init__(self, plan: Launch, nodes: Nodes, host: TCPStore, attempt: int, stops: list[int]) -> None:
+        self._plan, self._nodes, self._stops = plan, nodes, stops
+        self._outlives = plan.job in OUTLIVES and plan.starter == "torchrun" and not plan.shares_layers
         self._store = ranks_store(host, attempt)
-        self._silence = Silence()
+        self._silences = Silence(), Silence()
         self._next_look = time.monotonic()
         self._gone: set[int] = set()
         self._stalled: set[int] = set()
-        self._processes = [_start(plan, rank, port=host.port, attempt=attempt) for rank in range(plan.ranks)]
-        self._readers = [_mark_output(process, rank) for rank, process in enumerate(self._processes) if rank]
-        say(f"ranks are processes {' '.join(str(process.pid) for process in self._processes)}")
+        self._ranks = nodes.start(Start(plan=plan, port=host.port, attempt=attempt, base=os.environ))
+        say(self._ranks.description)
 
-    def run(self) -> Literal["done", "failed", "died", "stalled", "stopped"]:
+    def run(self) -> Ending:
         """Watch the ranks until the run is decided, then end those that are left."""
         try:
-            while (verdict := judge(self._codes())) == "running" and not self._stops:
+            while (verdict := self._judge()) == "running" and not self._stops:
                 self._note_deaths()
+                self._ranks.look()
                 self._end_stalled(STALL_FACTOR)
+                if self._nodes.hurry() == "end":
+                    return Ending(verdict="stopped", what="its time is over, before the ranks had ended")
                 time.sleep(POLL_S)
-            if self._stops:
-                return "stopped"
-            if verdict == "failed":
+            if not self._stops and verdict not in ("done", "died", "stopped"):
                 verdict = self._settle()
-            elif verdict == "done":
+            elif verdict in ("done", "stopped"):
                 verdict = self._let_end()
             return self._explain(verdict)
         finally:
-            self._end(signal.SIGINT if self._stops else signal.SIGTERM)
+            self._ranks.end(signal.SIGINT if self._stops else signal.SIGTERM)
+
+    def _judge(self) -> Verdict:
+        return judge(self._codes(), outlives=self._outlives)
 
     def _codes(self) -> list[int | None]:
-        return [process.poll() for process in self._processes]
+        """Of the processes; where their starter does not tell them apart, as the ranks have said themselves."""
+        codes = self._with_held(self._ranks.codes())
+        if self._plan.starter == "torchrun" or codes[0] in (None, 0):
+            return codes
+        if self._nodes.lost():
+            return [-signal.SIGKILL] * len(codes)
+        said = {error.rank: error.code for error in self._errors()}
+        return [said.get(rank, code if (code and code < 0) or not said else None) for rank, code in enumerate(codes)]
+
+    def _with_held(self, codes: list[int | None]) -> list[int | None]:
+        """HUNG for ranks that left as a mistake does, but in the middle of their work and without a word.
+
+        faulthandler ended them (see watchdog): whatever hung has kept Python's lock.
+        """
+        ended = [rank for rank, code in enumerate(codes) if code == MISTAKE]
+        if not ended:
+            return codes
+        beats = heartbeats.read_all(self._store, Heartbeat, ended)
+        said = heartbeats.read_all(self._store, LastError, ended)
+        held = {rank for rank, beat in beats.items() if beat.stall_s and rank not in said}
+        return [HUNG if rank in held else code for rank, code in enumerate(codes)]
+
+    def _errors(self) -> list[LastError]:
+        return list(heartbeats.read_all(self._store, LastError, range(self._plan.ranks)).values())
+
+    # ---- while they run
 
     def _note_deaths(self) -> None:
         for rank, code in enumerate(self._codes()):
@@ -157,109 +153,76 @@ class _Attempt:
                 self._gone.add(rank)
                 declare_gone(self._store, rank)
                 if rank not in self._stalled:
-                    say(f"rank {rank} died of {signal.Signals(-code).name}; the others take its work over")
-
-    def _settle(self) -> Verdict:
-        """Whether a failure is the consequence of a death, or of a silent rank that its peers gave up, which is ended."""
-
-        def has_cause() -> bool:
-            self._end_stalled(1.0)
-            return judge(self._codes()) == "died"
-
-        is_late = any(silent_s >= stall_s / 2 for silent_s, stall_s in self._silent().values())
-        _wait_until(has_cause, SETTLE_S + 2 * BEAT_S if is_late else SETTLE_S)
-        return judge(self._codes())
+                    say(f"rank {rank} died of {name_of(code)}; the others take its work over")
 
     def _silent(self) -> dict[int, tuple[float, float]]:
-        """Of the ranks that have promised signs of life: seconds without one, and after how many their peers give them up."""
-        now = time.monotonic()
-        records = {rank: read_record(self._store, rank) for rank, code in enumerate(self._codes()) if code is None}
-        return {
-            rank: (self._silence.of(rank, record.beat, now), record.stall_s)
-            for rank, record in records.items() if record and record.stall_s
-        }  # fmt: skip
+        """Of the ranks that have promised signs of life: seconds without one, and after how many their peers give them up.
+
+        A rank gives two: its watchdog's, and while it plays episodes that of the thread which does so.
+        """
+        now, found = time.monotonic(), dict[int, tuple[float, float]]()
+        alive = [rank for rank, code in enumerate(self._ranks.codes()) if code is None]
+        beats, records = heartbeats.read_all(self._store, Heartbeat, alive), read_records(self._store, alive)
+        for rank in alive:
+            for silence, sign in zip(self._silences, (beats.get(rank), records.get(rank)), strict=True):
+                if sign and sign.stall_s:
+                    silent = silence.of(rank, sign.beat, now), sign.stall_s
+                    found[rank] = max(found.get(rank, silent), silent)
+        return found
 
     def _end_stalled(self, factor: float) -> None:
         """End ranks that have promised signs of life and have given none for `factor` times their stall_s."""
         now = time.monotonic()
         if now < self._next_look:
             return
-        self._next_look = now + BEAT_S
+        self._next_look = now + beat_s(self._plan.ranks)
         for rank, (silent_s, stall_s) in self._silent().items():
             if silent_s >= factor * stall_s:
                 say(f"rank {rank} is ended: no sign of life for {silent_s:.0f} s, with rollout.stall_s={stall_s:g}")
                 self._stalled.add(rank)
-                self._processes[rank].kill()
-                self._processes[rank].wait(GRACE_S)
+                heartbeat = heartbeats.read(self._store, Heartbeat, rank)
+                is_here = heartbeat is not None and heartbeat.host == socket.gethostname()
+                self._ranks.kill(rank, pid=heartbeat.pid if heartbeat and is_here else None)
+
+    # ---- when it is decided
+
+    def _settle(self) -> Verdict:
+        """Whether a failure is the consequence of a death, or of a silent rank that its peers gave up, which is ended."""
+
+        def has_cause() -> bool:
+            self._end_stalled(1.0)
+            return self._judge() == "died"
+
+        is_late = any(silent_s >= stall_s / 2 for silent_s, stall_s in self._silent().values())
+        wait_until(has_cause, SETTLE_S + 2 * beat_s(self._plan.ranks) if is_late else SETTLE_S)
+        return self._judge()
 
     def _let_end(self) -> Verdict:
         """Rank 0 has written everything: the others only have to leave."""
-        _wait_until(lambda: None not in self._codes(), GRACE_S)
-        left = [rank for rank, code in enumerate(self._codes()) if code is None]
+        wait_until(lambda: None not in self._ranks.codes(), GRACE_S)
+        left = [rank for rank, code in enumerate(self._ranks.codes()) if code is None]
         if left:
             say(f"ranks {left} did not end within {GRACE_S:g} s of rank 0; ended")
-        return judge(self._codes())
+        return self._judge()
 
-    def _explain(self, verdict: Verdict) -> Literal["done", "failed", "died", "stalled"]:
-        codes = self._codes()
-        if verdict == "failed":
-            say(f"error: ranks {[rank for rank, code in enumerate(codes) if code]} failed; their messages are above")
-            return "failed"
-        if verdict == "died":
-            died = {rank: signal.Signals(-code).name for rank, code in enumerate(codes) if code is not None and code < 0}
-            say(f"cannot go on without rank {', '.join(f'{rank} ({name})' for rank, name in died.items())}")
-            return "stalled" if died.keys() <= self._stalled else "died"
-        return "done"
-
-    def _end(self, first: signal.Signals) -> None:
-        """Ask, then tell, then force; a stopped process hears the last only."""
-        for number in dict.fromkeys((first, signal.SIGTERM, signal.SIGKILL)):
-            for process in self._processes:
-                if process.poll() is None:
-                    process.send_signal(number)
-            _wait_until(lambda: None not in self._codes(), GRACE_S)
-        _wait_until(lambda: not any(reader.is_alive() for reader in self._readers), GRACE_S)  # their last words
-
-
-def _start(plan: Launch, rank: int, *, port: int, attempt: int) -> subprocess.Popen[str]:
-    """One rank. Rank 0 talks to the user itself; lines of the others are marked."""
-    return subprocess.Popen(
-        plan.command,
-        env=rank_environment(os.environ, rank, plan.ranks, port=port, attempt=attempt),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE if rank else None,
-        stderr=subprocess.STDOUT if rank else None,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
-    )
-
-
-def _mark_output(process: subprocess.Popen[str], rank: int) -> threading.Thread:
-    """Pass on what a rank says; the thread ends when it, and whoever it has started, says no more."""
-    assert process.stdout
-    reader = threading.Thread(target=_mark_lines, args=(process.stdout, f"[rank {rank}] "), daemon=True)
-    reader.start()
-    return reader
-
-
-def _mark_lines(lines: IO[str], mark: str) -> None:
-    for line in lines:
-        sys.stderr.write(f"{mark}{line}")
-
-
-def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
-    """Return when it holds, or when the time is over."""
-    end = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(POLL_S)
+    def _explain(self, verdict: Verdict) -> Ending:
+        ranks = range(self._plan.ranks)
+        beats = heartbeats.read_all(self._store, Heartbeat, ranks)
+        return explain(
+            verdict,
+            Found(
+                codes=self._codes(), tells_apart=self._plan.starter == "torchrun", stalled=frozenset(self._stalled),
+                errors=self._errors(), heartbeats=beats,
+            ),
+        )  # fmt: skip
 
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM that have come, instead of their usual effect."""
+    """SIGINT, SIGTERM and SIGHUP that have come, instead of their usual effect; nohup's, which has none, stays."""
     come: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    is_kept = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = (signal.SIGINT, signal.SIGTERM, *(() if is_kept else (signal.SIGHUP,)))
     before = [signal.signal(number, lambda number, frame: come.append(number)) for number in numbers]
     try:
         yield come

@@ -21,7 +21,7 @@ class Tickets(Protocol):
         results = tickets.results()
 
     A rank that was stopped and comes back may find everything exhausted while it still has live jobs: it cancels them.
-    All methods raise RolloutError, naming the store, when its host is gone.
+    All methods raise LostPeerError, naming the store, when its host is gone.
     """
 
     def take(self, live: int, room: int) -> list[int]:
@@ -78,7 +78,7 @@ def open_tickets(world: World, label: str, count: int, *, stall_s: float) -> Tic
     """Tickets of the next phase of the run. Every rank opens the same phases in the same order, but need not be there at once.
 
     label: what is played, for messages; it may come again. stall_s: a rank without a sign of life for so long loses its jobs.
-    Raises RolloutError, naming the store, when its host is gone.
+    Raises LostPeerError, naming the store, when its host is gone.
     """
     if world.size == 1:
         return LocalTickets(count)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mas_hpc.distributed.meeting import absent, arrive
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import RolloutError
+from mas_hpc.errors import LostPeerError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,17 +33,17 @@ class Transport(Protocol):
     size: int
 
     def send(self, target: int, payload: bytes) -> None:
-        """Return at once; target is another rank. Raises RolloutError, naming the peer, when one cannot be reached."""
+        """Return at once; target is another rank. Raises LostPeerError, naming the peer, when one cannot be reached."""
         ...
 
     def receive(self) -> list[Envelope]:
-        """Everything that has arrived since; never waits. Raises RolloutError, naming the peer, when one has broken down."""
+        """Everything that has arrived since; never waits. Raises LostPeerError, naming the peer, when one has broken down."""
         ...
 
     def close(self) -> None:
         """Collective: after it nothing is sent, and what was sent has arrived: a last `receive` returns it.
 
-        Raises RolloutError that names the ranks which do not come in time.
+        Raises LostPeerError that names the ranks which do not come in time.
         """
         ...
 
@@ -53,14 +53,14 @@ def open_transport(world: World, *, timeout_s: float) -> Transport:
 
     timeout_s: a message on its way that makes no progress for so long is an error, as is a rank that does not come to open
     or close.
-    Raises RolloutError that names the ranks which do not come.
+    Raises LostPeerError that names the ranks which do not come.
     """
     assert world.store is not None, "a transport needs a connected world of several ranks"
     number = world.store.add(f"transport/opened/{world.rank}", 1)
     arrive(world.store, f"transport/{number}", world.rank)
     missing = absent(world.store, f"transport/{number}", world.size, timedelta(seconds=timeout_s))
     if missing:
-        raise RolloutError(f"{peers(world, missing)} did not open the transport within {timeout_s} s of rank {world.rank}")
+        raise LostPeerError(f"{peers(world, missing)} did not open the transport within {timeout_s} s of rank {world.rank}")
     if world.launcher == "mpi":
         from mas_hpc.distributed.transport_mpi import MPITransport
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mas_hpc.distributed.transport import Envelope, peers
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import RolloutError
+from mas_hpc.errors import LostPeerError
 
 _SIZE_BYTES = 8
 _HEAD_BYTES = 16384
@@ -76,7 +76,7 @@ class GlooTransport:
             self._listeners[silent[0]].join(_PAUSE_S)
             self._check()
             if time.monotonic() > deadline:
-                raise RolloutError(f"{peers(self._world, silent)} did not close the transport within {self._timeout_s} s")
+                raise LostPeerError(f"{peers(self._world, silent)} did not close the transport within {self._timeout_s} s")
         while self._watcher.is_alive():
             self._watcher.join(_PAUSE_S)
             self._check()
@@ -88,7 +88,7 @@ class GlooTransport:
         if waits_for and time.monotonic() - waits_for[1] > self._timeout_s:
             self._break(waits_for[0], f"has not taken a message for {self._timeout_s} s")
         if self._broken:
-            raise RolloutError(self._broken)
+            raise LostPeerError(self._broken)
 
     def _break(self, peer: int, how: str) -> None:
         self._broken = self._broken or f"{peers(self._world, [peer])} {how}"
@@ -102,7 +102,7 @@ class GlooTransport:
             works = [self._group.send([tensor], target, tag) for tensor, tag in zip(tensors, (_HEAD, _REST), strict=False)]
         except RuntimeError as error:
             self._break(target, f"cannot be reached: {error}")
-            raise RolloutError(self._broken) from error
+            raise LostPeerError(self._broken) from error
         self._on_their_way.put((target, works, tensors))
 
     def _watch(self) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mas_hpc.distributed.mpi import load_mpi
 from mas_hpc.distributed.transport import Envelope, peers
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import RolloutError
+from mas_hpc.errors import LostPeerError
 
 _DATA, _EMPTY, _END = range(3)
 """Tags. No message has zero bytes: those of the last two carry one that says nothing."""
@@ -90,7 +90,7 @@ class MPITransport:
             if not silent:
                 break
             if time.monotonic() > deadline:
-                raise RolloutError(f"{peers(self._world, silent)} did not close the transport within {self._timeout_s} s")
+                raise LostPeerError(f"{peers(self._world, silent)} did not close the transport within {self._timeout_s} s")
             time.sleep(_PAUSE_S)
         self._ranks.Free()
 
@@ -112,7 +112,7 @@ class MPITransport:
             if self._outgoing[peer].waits_longer_than(self._timeout_s) or self._incoming[peer].waits_longer_than(
                 self._timeout_s
             ):
-                raise RolloutError(
+                raise LostPeerError(
                     f"no progress with a message to or from {peers(self._world, [peer])} for {self._timeout_s} s"
                 )
 

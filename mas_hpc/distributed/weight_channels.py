@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store
 
+from mas_hpc.distributed.many_keys import read_there, windows
 from mas_hpc.distributed.mpi import load_mpi
 from mas_hpc.errors import RolloutError
 
@@ -279,6 +280,22 @@ def read_text(store: Store, key: str, members: Members, peer: int, what: str) ->
     with members.waiting(what, [peer]):
         store.wait([key], timedelta(seconds=members.timeout_s))
         return store.get(key).decode()
+
+
+def read_texts(store: Store, name: str, members: Members, what: str) -> dict[int, str]:
+    """`read_text` of `name`/<rank> of every receiver, by rank, in few messages."""
+    end_s = time.monotonic() + members.timeout_s
+    for ranks in windows(members.receivers):
+        keys = [f"{name}/{rank}" for rank in ranks]
+        try:
+            store.wait(keys, timedelta(seconds=max(0.001, end_s - time.monotonic())))
+        except dist.DistStoreError as error:
+            missing = [rank for rank, key in zip(ranks, keys, strict=True) if not store.check([key])]
+            if missing:
+                with members.waiting(what, missing):
+                    raise error
+    found = read_there(store, [f"{name}/{rank}" for rank in members.receivers])
+    return {int(key.rpartition("/")[2]): text.decode() for key, text in found.items()}
 
 
 def _reserve(num_bytes: int) -> tuple[int, str]:

@@ -23,6 +23,7 @@ from mas_hpc.distributed.weight_channels import (
     SharedChannel,
     file_memory,
     read_text,
+    read_texts,
     window_memory,
 )
 from mas_hpc.distributed.weight_source import NamedTensor, Source, TensorSpec
@@ -67,18 +68,15 @@ class WeightSync:
         """
         assert self._members.sends
         board = self._next_board()
-        for rank in self._members.receivers:
-            read_text(board, f"ready/{rank}", self._members, rank, f"be ready for weights of version {version}")
-        self._wipe(self._board(self._num_pushes - 1))  # all have read the last verdict
+        read_texts(board, "ready", self._members, f"be ready for weights of version {version}")
+        for key in ("header", "verdict"):  # all have read the last ones
+            self._board(self._num_pushes - 1).delete_key(key)
         board.set("header", json.dumps({"version": version, "specs": [asdict(spec) for spec in source.specs]}))
         total = Checksum()
         self._stream(source, self._plan(source.specs), total)
-        problems = []
-        for rank in self._members.receivers:
-            what = f"serve weights of version {version}"
-            answer = json.loads(read_text(board, f"served/{rank}", self._members, rank, what))
-            problem = _compare(answer, version, str(total))
-            problems += [f"rank {rank} {problem}"] if problem else []
+        answers = read_texts(board, "served", self._members, f"serve weights of version {version}")
+        compared = {rank: _compare(json.loads(answer), version, str(total)) for rank, answer in answers.items()}
+        problems = [f"rank {rank} {problem}" for rank, problem in compared.items() if problem]
         verdict = f"weights of version {version} did not arrive: {'; '.join(problems)}" if problems else ""
         board.set("verdict", verdict)
         if verdict:
@@ -109,6 +107,8 @@ class WeightSync:
                 pass
             board.set(f"served/{members.rank}", json.dumps(answer))
         verdict = read_text(board, "verdict", members, members.sender, "compare checksums")
+        for what in ("ready", "served"):  # the sender has read them
+            board.delete_key(f"{what}/{members.rank}")
         if verdict:
             raise RolloutError(verdict)
         return answer["checksum"]
@@ -124,14 +124,6 @@ class WeightSync:
 
     def _board(self, number: int) -> Store:
         return PrefixStore(f"push/{number}", self._store)
-
-    def _wipe(self, board: Store) -> None:
-        for key in (
-            "header",
-            "verdict",
-            *(f"{what}/{rank}" for what in ("ready", "served") for rank in self._members.receivers),
-        ):
-            board.delete_key(key)
 
     def _plan(self, specs: Iterable[TensorSpec]) -> Plan:
         return plan(tuple(specs), block_bytes=self._block_bytes, ahead_bytes=BLOCKS_AHEAD * self._block_bytes)

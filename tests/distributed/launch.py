@@ -28,10 +28,10 @@ def launcher(name: str, size: int) -> list[str]:
     return [str(MPIEXEC), "-n", str(size), sys.executable]
 
 
-def run_ranks(name: str, size: int, *words: str) -> subprocess.CompletedProcess[str]:
+def run_ranks(name: str, size: int, *words: str, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
     """Run to the end and return the output of all ranks together."""
     return subprocess.run(
-        [*launcher(name, size), *words], capture_output=True, text=True, check=False, timeout=TIMEOUT_S, env=environment()
+        [*launcher(name, size), *words], capture_output=True, text=True, check=False, timeout=timeout_s, env=environment()
     )
 
 

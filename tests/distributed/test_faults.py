@@ -16,9 +16,11 @@ import pytest
 from mas_hpc.data import trace_store
 
 ROOT = Path(__file__).parents[2]
-NUM_TASKS = 300
-SMALL = ("warm_start=null", "data.num_train=4", "data.num_test=300", f"rollout.num_tasks={NUM_TASKS}", "rollout.max_rows=8",
-         "model.hidden_size=64", "model.num_heads=4")  # fmt: skip
+NUM_TASKS = 160
+SMALL = (
+    "warm_start=null", "data.num_train=4", f"data.num_test={NUM_TASKS}", f"rollout.num_tasks={NUM_TASKS}",
+    "rollout.max_rows=8", "model.hidden_size=64", "model.num_heads=4",
+)  # fmt: skip
 PROGRESS = 8
 """Traces of a rank that show that it is in the middle."""
 
@@ -48,12 +50,13 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.02)
 
 
-def disturbed(folder: Path, rank: int, number: signal.Signals) -> tuple[int, str]:
+def disturbed(folder: Path, rank: int, number: signal.Signals, *words: str) -> tuple[int, str]:
     """Exit code of the launch, and what it said, when a rank gets a signal after PROGRESS traces."""
-    said, traces = folder / "stderr", folder / "run" / "traces" / f"rollout.rank{rank}.jsonl"
+    writes = 0 if words else rank  # of ranks that share layers
+    said, traces = folder / "stderr", folder / "run" / "traces" / f"rollout.rank{writes}.jsonl"
     line, environment = command(
         "launch", "--local", "-n", "2", "--job", "rollout", str(ROOT / "configs" / "quickstart.yaml"), *SMALL,
-        f"runs_dir={folder}", "name=run", "rollout.stall_s=4",
+        f"runs_dir={folder}", "name=run", "rollout.stall_s=4", *words,
     )  # fmt: skip
     with said.open("w") as errors:
         supervisor = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
@@ -71,19 +74,20 @@ def disturbed(folder: Path, rank: int, number: signal.Signals) -> tuple[int, str
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "number", "says", "attempts"),
+    ("rank", "number", "says", "attempts", "words"),
     [
-        (1, signal.SIGKILL, "rank 1 died of SIGKILL; the others take its work over", 1),
-        (0, signal.SIGKILL, "cannot go on without rank 0 (SIGKILL)", 2),
-        (1, signal.SIGSTOP, "rank 1 is ended: no sign of life for|ranks [1] did not end", 1),
-        (0, signal.SIGSTOP, "rank 0 is ended: no sign of life for", 2),
+        (1, signal.SIGKILL, "rank 1 died of SIGKILL; the others take its work over", 1, ()),
+        (0, signal.SIGKILL, "rank 0 died of SIGKILL; all ranks start again", 2, ()),
+        (1, signal.SIGSTOP, "rank 1 is ended: no sign of life for|ranks [1] did not end", 1, ()),
+        (0, signal.SIGSTOP, "rank 0 is ended: no sign of life for", 2, ()),
+        (1, signal.SIGKILL, "rank 1 died of SIGKILL; all ranks start again", 2, ("distributed.tensor_parallel=2",)),
     ],
-    ids=["kill another", "kill the first", "stop another", "stop the first"],
+    ids=["kill another", "kill the first", "stop another", "stop the first", "kill one that shares layers"],
 )
 def test_every_task_is_there_once_with_the_tokens_of_an_undisturbed_run(  # type: ignore[no-untyped-def]
-    undisturbed, tmp_path: Path, rank: int, number: signal.Signals, says: str, attempts: int
+    undisturbed, tmp_path: Path, rank: int, number: signal.Signals, says: str, attempts: int, words: tuple[str, ...]
 ) -> None:
-    code, said = disturbed(tmp_path, rank, number)
+    code, said = disturbed(tmp_path, rank, number, *words)
     assert code == 0, said
     assert any(one in said for one in says.split("|"))
     assert said.count("ranks are processes") == attempts

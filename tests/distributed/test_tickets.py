@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore, Store
 
-from mas_hpc.distributed.shared_tickets import SharedTickets, declare_gone, next_phase, read_record, supply
+from mas_hpc.distributed.shared_tickets import SharedTickets, declare_gone, next_phase, read_records, supply
 from mas_hpc.distributed.tickets import LocalTickets, open_tickets
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import RolloutError
@@ -268,15 +268,14 @@ def test_keys_of_a_phase_go_when_the_living_have_read_it() -> None:
 
 def test_a_record_says_what_the_supervisor_needs() -> None:
     clock, store = Clock(), HashStore()
-    assert read_record(store, 0) is None
+    assert read_records(store, [0, 1]) == {}
     tickets = tickets_of(store, 0, 2, 8, clock)
     jobs = tickets.take(0, 100)
-    record = read_record(store, 0)
-    assert record is not None
+    record = read_records(store, [0, 1])[0]
     assert (record.phase, record.jobs, record.stall_s) == (1, tuple(jobs), STALL_S)
     clock.now += 1.0
     assert not tickets.exhausted
-    later = read_record(store, 0)
+    later = read_records(store, [0])[0]
     assert later == replace(record, beat=record.beat + 1)
 
 

@@ -63,6 +63,7 @@ class Engine:
         for policy, name, tensor in weights:
             self.num_tensors += 1
             if self.spoil == "flip" and name == "1.bias":
+                tensor = tensor.clone()  # the view may be memory that other engines read too
                 tensor.view(torch.uint8)[9] ^= 4
             yield policy, name, tensor
 
