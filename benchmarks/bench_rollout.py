@@ -1,7 +1,7 @@
 """Rollout on one core: the native engine, transformers' `generate` in batches, and vLLM's CPU build, same prompts and lengths.
 
 SmolLM2-135M-Instruct in float32, one thread a process, CPU seconds, end of sequence off. vLLM runs in an environment of its
-own (`make test-vllm` makes it); where there is none, its rows are missing. Takes about half an hour on a quiet core.
+own (`make test-vllm` makes it); where there is none, its rows are missing. Takes three quarters of an hour on a quiet core.
 Run: OMP_NUM_THREADS=1 python -m benchmarks.bench_rollout [--quick]
 """
 
@@ -23,14 +23,11 @@ from rollout_peers import (
     Groups,
     Pipeline,
     alternating,
-    decode_ours,
-    decode_theirs,
-    hardware,
     random_tokens,
+    saved,
     varied_lengths,
     vllm,
 )
-from transformers import AutoModelForCausalLM
 
 from mas_hpc.config import AdapterConfig, ModelConfig
 from mas_hpc.models.adapters import AdapterBank
@@ -62,24 +59,21 @@ def main() -> None:
     """Measure, write results/rollout.json, print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, once: to see that it runs")
-    quick = parser.parse_args().quick
+    parser.add_argument("--lora", action="store_true", help="vLLM with an adapter an agent too: a quarter of an hour more")
+    words = parser.parse_args()
+    quick = words.quick
     torch.set_num_threads(1)
     repeats = 1 if quick else REPEATS
     groups, pipeline = workloads(quick)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         model, tokenizer = load_model(ModelConfig(path="smollm2"), seed=0)
-        folder = Path(scratch) / "model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
-        peer.generation_config.eos_token_id, peer.generation_config.pad_token_id = None, 0
+        folder, peer = saved(model, tokenizer, Path(scratch))
         rows = group_rows(groups, model, tokenizer, peer, folder, repeats)
-        rows += decode_rows(model, tokenizer, peer, folder, repeats, *((60, 4) if quick else (300, 24)))
-        rows += pipeline_rows(pipeline, model, tokenizer, peer, folder, repeats)
+        rows += pipeline_rows(pipeline, model, tokenizer, peer, folder, repeats, with_vllm=words.lora)
     notes = {
         "model": "SmolLM2-135M-Instruct, float32, one thread, temperature 1, end of sequence off, forced lengths",
         "transformers": "left-padded batches of 32, each as long as its longest completion",
-        "vllm": "its own process, eager and, for decoding without adapters, compiled; prefix caching on",
+        "vllm": "its own process, compiled, with adapters eager; prefix caching on",
         "pipeline": "4 agents, K=4 siblings a state, cue 16; ours: speaker scope, one engine; theirs: an adapter each in turn",
     }
     report("rollout-quick" if quick else "rollout", rows, notes=notes)
@@ -101,33 +95,9 @@ def group_rows(groups: Groups, model: Any, tokenizer: Any, peer: Any, folder: Pa
     return rows
 
 
-def decode_rows(model: Any, tokenizer: Any, peer: Any, folder: Path, repeats: int, context: int, steps: int) -> list[Row]:
-    """A decoding step at batch 8 and 32, and its share of what the core could do."""
-    engine = NativeEngine(model, tokenizer, max_rows=64)
-    read, flops = hardware()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    decode = {"batches": [8, 32] * repeats, "context": context, "steps": steps}
-    answer = vllm({"model": str(folder), "eager": False, "decode": decode}) if VLLM_PYTHON.exists() else None
-    rows = []
-    for batch in (8, 32):
-        measures = [
-            lambda b=batch: decode_ours(engine, b, context, steps), lambda b=batch: decode_theirs(peer, b, context, steps)
-        ]  # fmt: skip
-        ours, theirs = map(median, alternating(measures, repeats))
-        case = f"decode, batch {batch}, contexts of {context}"
-        rows.append(cost_row(case=case, metric="cpu_s/step", ours=ours, peer=HF, theirs=theirs, target=0.9))
-        if answer:
-            fastest = median(one["cpu_s_per_step"] for one in answer["decode"] if one["batch"] == batch)
-            name = f"vllm {answer['versions']['vllm']} compiled"
-            rows.append(cost_row(case=case, metric="cpu_s/step", ours=ours, peer=name, theirs=fastest, target=0.9))
-        cache = batch * context * 30 * 2 * 3 * 64 * 4
-        bound = max((4 * parameters + cache) / read, 2 * parameters * batch / flops)
-        name = f"roofline: {read / 1e9:.1f} GB/s, {flops / 1e9:.0f} GFLOP/s"
-        rows.append(cost_row(case=case, metric="cpu_s/step", ours=ours, peer=name, theirs=bound, target=0.0))
-    return rows
-
-
-def pipeline_rows(pipeline: Pipeline, model: Any, tokenizer: Any, peer: Any, folder: Path, repeats: int) -> list[Row]:
+def pipeline_rows(
+    pipeline: Pipeline, model: Any, tokenizer: Any, peer: Any, folder: Path, repeats: int, *, with_vllm: bool
+) -> list[Row]:  # fmt: skip
     """A team whose agents have an adapter each and read one transcript."""
     model = copy.deepcopy(model)
     bank = AdapterBank.install(model, AGENTS, rank=8, alpha=16.0, target_modules=TARGETS, seed=0)
@@ -153,7 +123,7 @@ def pipeline_rows(pipeline: Pipeline, model: Any, tokenizer: Any, peer: Any, fol
             target=1 / 1.3,
         ),
     ]  # fmt: skip
-    if VLLM_PYTHON.exists():
+    if with_vllm and VLLM_PYTHON.exists():
         turns = [
             {
                 "name": agent, "prompts": [prompt for prompt in prompts for _ in range(pipeline.siblings)],

@@ -25,7 +25,7 @@ from reporting import ROOT, Row, alternate, cost_row, report
 from mas_hpc import rollouts
 from mas_hpc.config_file import load_config
 from mas_hpc.distributed.exchange import gather_lines
-from mas_hpc.distributed.supervisor import rank_environment
+from mas_hpc.distributed.supervisor_ranks import rank_environment
 from mas_hpc.distributed.tickets import open_tickets
 from mas_hpc.distributed.world import World, connected
 from mas_hpc.orchestration.sampling import Sampling

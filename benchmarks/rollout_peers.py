@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from reporting import ROOT, cpu_seconds
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from mas_hpc.rollout.engine import Request, RolloutStats, SamplingParams
 from mas_hpc.rollout.native.engine import NativeEngine
@@ -24,6 +30,16 @@ VOCABULARY = 49152
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 BATCH = 32
 """Rows of a batch of `generate`."""
+
+
+def saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, scratch: Path) -> tuple[Path, PreTrainedModel]:
+    """The folder that vLLM reads, and transformers' model from it, which never ends a completion by itself."""
+    folder = scratch / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    peer = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    peer.generation_config.eos_token_id, peer.generation_config.pad_token_id = None, 0
+    return folder, peer
 
 
 def random_tokens(count: int, length: int, seed: int) -> list[list[int]]:

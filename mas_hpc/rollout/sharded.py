@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mas_hpc.distributed.transport import Transport
-from mas_hpc.errors import RolloutError
+from mas_hpc.errors import LostPeerError, RolloutError
 from mas_hpc.rollout.engine import Completion, Request, RolloutEngine, RolloutStats, Weights
 from mas_hpc.rollout.frames import Frame, decode, encode
 from mas_hpc.rollout.placement import Placement
@@ -82,7 +82,7 @@ class ShardedEngine(RolloutEngine):
     those that one process with all models would give.
 
     An owner sends a sign of life every BEAT_S. One that is not heard for `stall_s` loses its requests to another owner of the
-    policy; without one, `poll` raises RolloutError. Time in which this rank did not listen does not count.
+    policy; without one, `poll` raises LostPeerError. Time in which this rank did not listen does not count.
     Example: ShardedEngine(NativeEngine(model, tokenizer), placement, open_transport(world, timeout_s=300.0), stall_s=300.0)
     """
 
@@ -176,7 +176,7 @@ class ShardedEngine(RolloutEngine):
         """Serve the other ranks, without requests of its own, until all of them have called this as often.
 
         For work that is shared out beforehand; where tickets are drawn, all ranks poll until the tickets are exhausted.
-        Raises RolloutError that names a rank which is not heard for `stall_s`.
+        Raises LostPeerError that names a rank which is not heard for `stall_s`.
         """
         assert not self._asked, "serve_others while own requests are outstanding"
         self._finished += 1
@@ -228,9 +228,9 @@ class ShardedEngine(RolloutEngine):
                 self._peers[owner].silent = True
             self._send_requests((number, asked.request) for number, asked in waits.items() if asked.owner in stalled)
 
-    def _lost(self, ranks: Sequence[int], why: str) -> RolloutError:
+    def _lost(self, ranks: Sequence[int], why: str) -> LostPeerError:
         names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-        return RolloutError(
+        return LostPeerError(
             f"rank {self._rank} has heard nothing from {names} for rollout.stall_s={self._stall_s:g} s, {why}; "
             f"see the output of {names}; raise rollout.stall_s where a rank is slow"
         )

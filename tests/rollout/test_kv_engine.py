@@ -224,7 +224,7 @@ def test_large_float32_weights_are_multiplied_in_another_layout_and_follow_updat
         with torch.no_grad():
             for changed in (model, plain):
                 changed.model.layers[0].mlp.up_proj.weight.mul_(2)
-    assert model.model.layers[0].mlp.up_proj.forward.__func__ is torch.nn.Linear.forward  # as it was
+    assert "forward" not in vars(model.model.layers[0].mlp.up_proj)  # as it was
 
 
 def test_bfloat16_weights_give_the_log_probs_of_bfloat16(tokenizer) -> None:

@@ -1,31 +1,43 @@
 """Attention of decoding: each row along its own context and along what it has decoded since.
 
 Rows of one context are neighbours. Contexts with equally many rows and similar lengths are one Bucket: what all of them
-begin with is attended to once for all rows, the rest once a context, without a copy per row.
-Legend: L layers, 2 key and value, K key/value heads, Q query heads per K, H = K Q, G contexts of a bucket, S tokens that
-all of them begin with, C longest rest, B rows, R rows of a bucket, W decoded columns, D head dimension.
+begin with is attended to once for all rows, the rest once a context, without a copy per row. Where each context has one
+row, the rest lies in one buffer with what that row has decoded.
+Legend: L layers, 2 key and value, K key/value heads, Q query heads per K, H = K Q, G contexts of a bucket, E rows of each,
+R = G E, S tokens that all contexts begin with, C longest rest, B rows, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mas_hpc.prefix_tree import IntArray
 from mas_hpc.rollout.native.kv_pool import KVPool
 from mas_hpc.rollout.native.kv_tree import Node
+from mas_hpc.rollout.native.tails import Tails
 
-LENGTH_SLACK = 0.25
-"""Longest context of a bucket relative to its shortest: bounds padding."""
-LENGTH_SLACK_TOKENS = 16
-CAPACITY_STEP = 32
-"""Columns that tails have to spare at most, and grow by when they are full: a copy every so many steps."""
-WORTH_SHARING = 256
-"""Keys, over all contexts of a bucket, that must be saved before what they share gets a matrix product of its own."""
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Shared:
+    """Copies of keys and values that several rows read."""
+
+    start_L2KSD: Tensor | None
+    """What all contexts begin with; None when that is little."""
+    rest_L2NCD: Tensor | None
+    """The rest of each context, N = G K; None when each has one row, whose tail it then belongs to."""
+    bias_N1C: Tensor | None
+    """Hides padding; None when the contexts are equally long."""
+    padding: int
+    """Padded keys, over all rows."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(part.nbytes for part in (self.start_L2KSD, self.rest_L2NCD) if part is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,191 +47,120 @@ class Bucket:
     contexts: tuple[Node, ...]
     start: int
     stop: int
-    shared_L2KSD: Tensor | None
-    """What all contexts begin with; None when that is little."""
-    own_L2KGCD: Tensor
-    bias_G1C: Tensor | None
-    """Hides padding; None when the contexts are equally long."""
-    padding: int
-    """Padded keys, over all rows."""
+    common_S: IntArray
+    """Slots of what all contexts begin with, as far as it has a product of its own."""
+    shared: Shared
+    tails: Tails
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the copies."""
-        return self.own_L2KGCD.nbytes + (0 if self.shared_L2KSD is None else self.shared_L2KSD.nbytes)
+    def is_joined(self) -> bool:
+        """Contexts lie in the tails."""
+        return self.shared.rest_L2NCD is None
 
+    @property
+    def num_keys(self) -> int:
+        """How many keys the rows attend to together."""
+        each = (self.stop - self.start) // len(self.contexts)
+        decoded = sum(self.tails.num_decoded(row) for row in range(self.tails.num_rows))
+        return each * sum(context.end for context in self.contexts) + decoded
 
-class Tails:
-    """What the rows have decoded: all write one column at a time, so a row admitted later starts at a later column."""
-
-    def __init__(self, kv_L2KBWD: Tensor, start_B: Sequence[int], width: int) -> None:
-        self.width = width
-        self.start_B = list(start_B)
-        self.kv_L2KBWD = kv_L2KBWD
-        self._bias_B1W = self._bias()
-
-    def keep(self, rows: Sequence[int | None], spare: int) -> Tails:
-        """The tails of these rows of mine in this order, with room for `spare` columns; None is an empty tail."""
-        kept = [row for row in rows if row is not None]
-        first = min((self.start_B[row] for row in kept), default=self.width)
-        width = self.width - first
-        shape = list(self.kv_L2KBWD.shape)
-        shape[3:5] = len(rows), width + spare
-        tails = self.kv_L2KBWD.new_empty(shape)
-        if width:
-            place, empty = ([i for i, row in enumerate(rows) if (row is None) == fresh] for fresh in (False, True))
-            tails[:, :, :, place, :width] = self.kv_L2KBWD[..., first : self.width, :][:, :, :, kept]
-            tails[:, :, :, empty, :width] = 0  # Hidden, but a weight of 0 does not hide nan.
-        return Tails(tails, [width if row is None else self.start_B[row] - first for row in rows], width)
-
-    def advance(self) -> None:
-        """Open a column, to which each layer then writes."""
-        if self.width == self.kv_L2KBWD.shape[4]:
-            grown = self.keep(range(len(self.start_B)), spare=CAPACITY_STEP)
-            self.width, self.start_B = grown.width, grown.start_B
-            self.kv_L2KBWD, self._bias_B1W = grown.kv_L2KBWD, grown._bias_B1W
-        self.width += 1
-
-    def write(self, layer: int, key_KBD: Tensor, value_KBD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fill the open column; return the layer's keys, values and the bias that hides columns before a row's."""
-        key_KBWD, value_KBWD = self.kv_L2KBWD[layer, :, :, :, : self.width]
-        key_KBWD[:, :, -1] = key_KBD
-        value_KBWD[:, :, -1] = value_KBD
-        return key_KBWD, value_KBWD, None if self._bias_B1W is None else self._bias_B1W[..., : self.width]
-
-    def columns(self, row: int) -> range:
-        """Where the row's tokens lie."""
-        return range(self.start_B[row], self.width)
-
-    def _bias(self) -> Tensor | None:
-        if not any(self.start_B):
-            return None
-        column_W = torch.arange(self.kv_L2KBWD.shape[4], device=self.kv_L2KBWD.device)
-        hidden_B1W = column_W < torch.tensor(self.start_B, device=column_W.device)[:, None, None]
-        return self.kv_L2KBWD.new_zeros(hidden_B1W.shape).masked_fill_(hidden_B1W, -torch.inf)
+    def attend(self, layer: int, query_RKQD: Tensor, scaling: float) -> Tensor:
+        """The softmax over contexts and tails, applied to the values, [R, K, Q, D]."""
+        rows, heads = query_RKQD.shape[:2]
+        scores_NQW = self.tails.scores(layer, query_RKQD.flatten(0, 1), scaling)
+        shared = self.shared
+        if shared.rest_L2NCD is None and shared.start_L2KSD is None:
+            return self.tails.weigh(layer, _softmax(scores_NQW)).unflatten(0, (rows, heads))
+        query_GEKQD = query_RKQD.unflatten(0, (len(self.contexts), -1))
+        parts = [scores_NQW.view(*query_GEKQD.shape[:4], -1)]
+        if shared.rest_L2NCD is not None:
+            scores = _each_context(query_GEKQD) @ shared.rest_L2NCD[layer, 0].mT * scaling
+            parts.append(_from_contexts(scores if shared.bias_N1C is None else scores.add_(shared.bias_N1C), query_GEKQD))
+        if shared.start_L2KSD is not None:
+            scores = _all_contexts(query_GEKQD) @ shared.start_L2KSD[layer, 0].mT * scaling
+            parts.append(_from_all(scores, query_GEKQD))
+        tail, *others = _softmax(torch.cat(parts, -1)).split([part.shape[-1] for part in parts], -1)
+        attended = self.tails.weigh(layer, tail.reshape(scores_NQW.shape)).reshape(query_GEKQD.shape)
+        if shared.rest_L2NCD is not None:
+            attended += _from_contexts(_each_context(others[0]) @ shared.rest_L2NCD[layer, 1], query_GEKQD)
+        if shared.start_L2KSD is not None:
+            attended += _from_all(_all_contexts(others[-1]) @ shared.start_L2KSD[layer, 1], query_GEKQD)
+        return attended.flatten(0, 1)
 
 
 class DecodeAttention:
     """An `Attend` for one token a row (T = B): along the row's context and its own tail, as one softmax."""
 
-    def __init__(self, buckets: Sequence[Bucket], tails: Tails) -> None:
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.buckets = tuple(buckets)
-        self.tails = tails
+        self._tails = [(bucket.tails, row) for bucket in self.buckets for row in range(bucket.tails.num_rows)]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of tails and of copied contexts."""
-        return self.tails.kv_L2KBWD.nbytes + sum(bucket.num_bytes for bucket in self.buckets)
+        return sum(bucket.tails.num_bytes + bucket.shared.num_bytes for bucket in self.buckets)
 
     def keys(self) -> tuple[int, int]:
         """How many keys the rows attend to together, and how many of these only pad."""
-        hidden = sum(self.tails.start_B)
-        padding = hidden + sum(bucket.padding for bucket in self.buckets)
-        contexts = sum(
-            context.end * (bucket.stop - bucket.start) // len(bucket.contexts)
-            for bucket in self.buckets
-            for context in bucket.contexts
-        )
-        return contexts + self.tails.width * len(self.tails.start_B) - hidden, padding
+        padding = sum(bucket.tails.padding + bucket.shared.padding for bucket in self.buckets)
+        return sum(bucket.num_keys for bucket in self.buckets), padding
+
+    def num_decoded(self, row: int) -> int:
+        """How many keys the row has that came since its context."""
+        tails, place = self._tails[row]
+        return tails.num_decoded(place)
+
+    def store(self, tokens: Sequence[tuple[int, int, int]], pool: KVPool) -> None:
+        """Copy decoded tokens into the pool, each given by its row, its number since the row's context, and its slot."""
+        pool.reach(torch.tensor([slot for _, _, slot in tokens]))
+        for bucket in self.buckets:
+            found = [(row - bucket.start, number, slot) for row, number, slot in tokens if bucket.start <= row < bucket.stop]
+            if found:
+                slot_T = torch.tensor([slot for _, _, slot in found], device=pool.shape.device)
+                pool.kv_L2KPD[:, :, :, slot_T] = bucket.tails.tokens([(row, number) for row, number, _ in found])
+
+    def advance(self) -> None:
+        """Open a column in all tails, to which each layer then writes."""
+        for bucket in self.buckets:
+            bucket.tails.advance()
 
     def __call__(self, layer: int, query_HTD: Tensor, key_KTD: Tensor, value_KTD: Tensor, scaling: float) -> Tensor:
         """Return the attended values, [B, H, D]."""
-        key_KBWD, value_KBWD, bias_B1W = self.tails.write(layer, key_KTD, value_KTD)
         # The query heads that share a key/value head are query positions of it: nothing is repeated.
-        query_KBQD = (query_HTD * scaling).unflatten(0, (len(key_KTD), -1)).transpose(1, 2).contiguous()
-        scores_KBQW = query_KBQD @ key_KBWD.mT
-        if bias_B1W is not None:
-            scores_KBQW += bias_B1W
-        parts = [
-            _attend_context(b, layer, query_KBQD[:, b.start : b.stop], scores_KBQW[:, b.start : b.stop]) for b in self.buckets
-        ]
-        context_KBQD, weight_KBQW = parts[0] if len(parts) == 1 else (torch.cat(p, 1) for p in zip(*parts, strict=True))
-        return (context_KBQD + weight_KBQW @ value_KBWD).transpose(0, 1).flatten(1, 2)
+        query_BKQD = query_HTD.transpose(0, 1).unflatten(1, (len(key_KTD), -1))
+        key_BKD, value_BKD = key_KTD.transpose(0, 1), value_KTD.transpose(0, 1)
+        if len(self.buckets) == 1:
+            self.buckets[0].tails.write(layer, key_BKD, value_BKD)
+            return self.buckets[0].attend(layer, query_BKQD, scaling).flatten(1, 2)
+        parts = []
+        for bucket in self.buckets:
+            rows = slice(bucket.start, bucket.stop)
+            bucket.tails.write(layer, key_BKD[rows], value_BKD[rows])
+            parts.append(bucket.attend(layer, query_BKQD[rows], scaling))
+        return torch.cat(parts).flatten(1, 2)
 
 
-def _attend_context(bucket: Bucket, layer: int, query_KRQD: Tensor, tail_scores_KRQW: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax over contexts and tails: the contexts' part applied to their values, and the weights of the tails."""
-    key_KGCD, value_KGCD = bucket.own_L2KGCD[layer]
-    num_heads, num_contexts, length, dim = key_KGCD.shape
-    rows = query_KRQD.shape[:3]
-    scores = query_KRQD.reshape(num_heads, num_contexts, -1, dim) @ key_KGCD.mT
-    if bucket.bias_G1C is not None:
-        scores += bucket.bias_G1C
-    parts = [scores.view(*rows, length), tail_scores_KRQW]
-    if bucket.shared_L2KSD is not None:
-        shared_key_KSD, shared_value_KSD = bucket.shared_L2KSD[layer]
-        parts.append((query_KRQD.flatten(1, 2) @ shared_key_KSD.mT).view(*rows, -1))
-    weight = torch.cat(parts, -1).softmax(-1, dtype=torch.promote_types(query_KRQD.dtype, torch.float32)).to(query_KRQD.dtype)
-    own, tail, *shared = weight.split([part.shape[-1] for part in parts], -1)
-    attended = (own.reshape(scores.shape) @ value_KGCD).view(*rows, dim)
-    if shared:
-        attended += (shared[0].flatten(1, 2) @ shared_value_KSD).view(*rows, dim)
-    return attended, tail
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
-def row_order(contexts: Sequence[Node]) -> list[int]:
-    """Order rows (given by their contexts) so that those of one context, and contexts of one bucket, are neighbours."""
-    count = Counter(contexts)
-    number = {context: i for i, context in enumerate(count)}
-    return sorted(range(len(contexts)), key=lambda i: (count[contexts[i]], contexts[i].end, number[contexts[i]]))
+def _each_context(x_GEKQD: Tensor) -> Tensor:
+    """Rows of one context as queries of it, [G K, E Q, D]."""
+    return x_GEKQD.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def buckets(contexts: Sequence[Node], pool: KVPool, previous: Sequence[Bucket] = ()) -> list[Bucket]:
-    """Buckets of rows in `row_order`; what a previous bucket of the same contexts copied is used again."""
-    groups: list[list[Node]] = []
-    count = Counter(contexts)
-    for context in count:
-        first = groups[-1][0] if groups else context
-        limit = first.end * (1 + LENGTH_SLACK) + LENGTH_SLACK_TOKENS
-        if groups and count[first] == count[context] and context.end <= limit:
-            groups[-1].append(context)
-        else:
-            groups.append([context])
-    known = {bucket.contexts: bucket for bucket in previous}
-    result, start = [], 0
-    for group in groups:
-        members, each = tuple(group), count[group[0]]
-        stop = start + len(group) * each
-        shared, own, bias = _copies(members, pool, known.get(members))
-        lengths = [context.end for context in members]
-        padding = each * sum(max(lengths) - length for length in lengths)
-        result.append(
-            Bucket(
-                contexts=members, start=start, stop=stop, shared_L2KSD=shared, own_L2KGCD=own, bias_G1C=bias, padding=padding
-            )
-        )  # fmt: skip
-        start = stop
-    return result
+def _from_contexts(x: Tensor, like_GEKQD: Tensor) -> Tensor:
+    """The inverse of `_each_context`, for any last dimension."""
+    contexts, each, heads, queries, _ = like_GEKQD.shape
+    return x.view(contexts, heads, each, queries, -1).transpose(1, 2)
 
 
-def _copies(contexts: Sequence[Node], pool: KVPool, known: Bucket | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """What the contexts share, the rest of each, and the bias that hides its padding."""
-    if known is not None:
-        return known.shared_L2KSD, known.own_L2KGCD, known.bias_G1C
-    slots = [context.slots() for context in contexts]
-    common = _common_tokens(contexts) if len(contexts) > 1 else 0
-    common = common if common * (len(contexts) - 1) >= WORTH_SHARING else 0
-    lengths = [len(slot_T) - common for slot_T in slots]
-    slot_GC = np.zeros((len(slots), max(lengths)), dtype=np.int64)
-    for row, slot_T in enumerate(slots):
-        slot_GC[row, : lengths[row]] = slot_T[common:]
-        slot_GC[row, lengths[row] :] = slot_T[-1]  # Hidden, but it must be finite.
-    device = pool.shape.device
-    shared = pool.copy(torch.from_numpy(slots[0][:common]).to(device)) if common else None
-    own = pool.copy(torch.from_numpy(slot_GC.ravel()).to(device)).unflatten(3, slot_GC.shape)
-    if min(lengths) == max(lengths):
-        return shared, own, None
-    hidden_GC = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-    bias_G1C = torch.zeros(hidden_GC.shape, dtype=own.dtype).masked_fill_(hidden_GC, -torch.inf)[:, None]
-    return shared, own, bias_G1C.to(device)
+def _all_contexts(x_GEKQD: Tensor) -> Tensor:
+    """All rows as queries of what all contexts share, [K, R Q, D]."""
+    return x_GEKQD.permute(2, 0, 1, 3, 4).flatten(1, 3)
 
 
-def _common_tokens(contexts: Sequence[Node]) -> int:
-    """Tokens that all contexts begin with; at least one of each is left."""
-    paths = [context.path() for context in contexts]
-    common = 0
-    for nodes in zip(*paths, strict=False):
-        if any(node is not nodes[0] for node in nodes):
-            break
-        common = nodes[0].end
-    return min(common, min(context.end for context in contexts) - 1)
+def _from_all(x: Tensor, like_GEKQD: Tensor) -> Tensor:
+    """The inverse of `_all_contexts`, for any last dimension."""
+    contexts, each, heads, queries, _ = like_GEKQD.shape
+    return x.view(heads, contexts, each, queries, -1).permute(1, 2, 0, 3, 4)

@@ -20,13 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.weights import assign_weights
 from mas_hpc.rollout.engine import BASE_POLICY, Completion, Request, RolloutEngine, RolloutStats, Weights
-from mas_hpc.rollout.native.decode_attention import CAPACITY_STEP, DecodeAttention, Tails, buckets, row_order
+from mas_hpc.rollout.native.decode_attention import DecodeAttention
+from mas_hpc.rollout.native.decode_layout import lay_out
 from mas_hpc.rollout.native.kv_pool import KVPool, KVShape
 from mas_hpc.rollout.native.kv_tree import KVTree, path_keys
 from mas_hpc.rollout.native.prefill import Chunk, plan
 from mas_hpc.rollout.native.runner import Runner
 from mas_hpc.rollout.native.sampler import SamplingColumns, columns, sample, uniforms
 from mas_hpc.rollout.native.scheduler import Prompt, Row, Scheduler
+from mas_hpc.rollout.native.tails import CAPACITY_STEP
 from mas_hpc.rollout.refusals import unknown_policy, unservable
 
 Scope = Literal["sequence", "speaker"]
@@ -57,6 +59,9 @@ class NativeEngine(RolloutEngine):
     by who wrote it; what policies of `other_models` wrote is read by the base. Without one, the model serves every policy.
     `max_rows` bounds the rows that are live at a time, `kv_bytes` their keys and values together with those that are kept for
     later, `prefill_chunk` the prompt tokens of a step.
+
+    Of a model that was cut (distributed.tensor_layers), each rank has keys and values of its own heads, `kv_bytes` of them; all
+    are asked the same (rollout.tensor), and take the tokens that the first has drawn.
     """
 
     def __init__(
@@ -72,7 +77,8 @@ class NativeEngine(RolloutEngine):
         self._unadapted = frozenset({"", *other_models})
         """Who else may have written tokens of a prompt."""
         self._runner = Runner(model, bank)
-        self._shape = KVShape.of(model.config, model.dtype, model.device)
+        tensor = self._tensor = self._runner.tensor
+        self._shape = KVShape.of(model.config, model.dtype, model.device, parts=tensor.size if tensor else 1)
         self._scheduler = Scheduler(KVTree(kv_bytes // self._shape.token_bytes), max_rows)
         self._pool = KVPool(self._shape, self._scheduler.tree.capacity)
         self._chunk_limit = prefill_chunk
@@ -127,7 +133,7 @@ class NativeEngine(RolloutEngine):
         if self._idle:
             return []
         wall_s, cpu_s, evicted = time.perf_counter(), time.process_time(), self._scheduler.tree.evicted
-        with torch.inference_mode(), self._runner.packed.used():
+        with torch.inference_mode(), self._runner.packed.used(), self._runner.norms.used():
             while (row := self._scheduler.victim()) is not None:
                 self._set_back(row)
             for _ in range(STEPS_PER_POLL):
@@ -206,7 +212,8 @@ class NativeEngine(RolloutEngine):
         """Sample a token for each row; rows that have finished but are not dropped yet take none."""
         uniform_B = [0.0 if row.finish else row.uniforms[len(row.token_ids)] for row in rows]
         before = sum(len(row.token_ids) for row in rows)
-        for row, token, logprob in zip(rows, *sample(logits_BV, sampling, uniform_B), strict=True):
+        drawn = sample(logits_BV, sampling, uniform_B)
+        for row, token, logprob in zip(rows, *(self._tensor.agree(*drawn) if self._tensor else drawn), strict=True):
             if row.finish is None:
                 row.append(token, logprob, self._decode)
         self._count(decoded_tokens=sum(len(row.token_ids) for row in rows) - before)
@@ -226,13 +233,12 @@ class NativeEngine(RolloutEngine):
         if not live:
             return
         contexts = [row.prompt.leaf for row in live if row.prompt.leaf is not None]
-        order = row_order(contexts)
-        rows, leaves = [live[i] for i in order], [contexts[i] for i in order]
         place = {id(row): i for i, row in enumerate(previous.rows)} if previous else {}
-        tails = previous.attend.tails if previous else Tails(self._pool.kv_L2KPD[:, :, :, :0].unsqueeze(3), [], 0)
-        copied = buckets(leaves, self._pool, previous.attend.buckets if previous else ())
-        spare = min(CAPACITY_STEP, max(row.num_left for row in rows))
-        attend = DecodeAttention(copied, tails.keep([place.get(id(row)) for row in rows], spare))
+        spare = min(CAPACITY_STEP, max(row.num_left for row in live))
+        attend, order = lay_out(
+            contexts, [place.get(id(row)) for row in live], self._pool, previous.attend if previous else None, spare=spare
+        )
+        rows = [live[i] for i in order]
         position_B = [len(row.request.prompt_ids) + len(row.token_ids) - 1 for row in rows]
         self._layout = _Layout(
             rows=rows, attend=attend, sampling=self._columns(rows),
@@ -265,20 +271,18 @@ class NativeEngine(RolloutEngine):
         """Copy the keys and values of decoded tokens from the tails into the tree, below their prompts; not of errors."""
         if not self._layout:
             return
-        tails, tree = self._layout.attend.tails, self._scheduler.tree
+        attend, tree = self._layout.attend, self._scheduler.tree
         place = {id(row): i for i, row in enumerate(self._layout.rows)}
-        sources: list[tuple[int, int, int]] = []  # row, column, slot
+        tokens: list[tuple[int, int, int]] = []
         for row in (row for row in rows if id(row) in place and row.finish != "error"):
             assert row.prompt.leaf is not None
-            column = tails.columns(place[id(row)])
-            sampled = row.token_ids[len(row.token_ids) - row.num_decoded :][: len(column)]
+            number = place[id(row)]
+            sampled = row.token_ids[len(row.token_ids) - row.num_decoded :][: attend.num_decoded(number)]
             if sampled and tree.make_room(len(sampled)):
                 key_T = path_keys(sampled, [row.adapter] * len(sampled))
-                sources += [(place[id(row)], column[i], slot) for i, slot in tree.fill(key_T, below=row.prompt.leaf)]
-        if sources:
-            row_T, column_T, slot_T = (torch.tensor(values, device=self._device) for values in zip(*sources, strict=True))
-            self._pool.reach(slot_T)
-            self._pool.kv_L2KPD[:, :, :, slot_T] = tails.kv_L2KBWD[:, :, :, row_T, column_T]
+                tokens += [(number, i, slot) for i, slot in tree.fill(key_T, below=row.prompt.leaf)]
+        if tokens:
+            attend.store(tokens, self._pool)
 
     # ---- requests
 
@@ -309,7 +313,7 @@ class NativeEngine(RolloutEngine):
         return self._policies[policy]
 
     def _columns(self, rows: Sequence[Row]) -> SamplingColumns:
-        return columns([row.request.sampling for row in rows], self._device, len(self._runner.head.weight))
+        return columns([row.request.sampling for row in rows], self._device, self._runner.vocabulary)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.batch_decode([list(token_ids)], skip_special_tokens=True)[0]

@@ -28,9 +28,12 @@ class KVShape:
     device: torch.device
 
     @staticmethod
-    def of(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> KVShape:
-        """Read from a model's configuration; heads and their dimension have defaults in the library, too."""
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    def of(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, *, parts: int = 1) -> KVShape:
+        """Read from a model's configuration; heads and their dimension have defaults in the library, too.
+
+        Of `parts` ranks that share the layers, each has its part of the heads.
+        """
+        heads = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) // parts
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return KVShape(layers=config.num_hidden_layers, heads=heads, dim=dim, dtype=dtype, device=device)
 

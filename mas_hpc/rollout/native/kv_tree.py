@@ -8,6 +8,7 @@ the slot of a pool that its node names. Legend: N tokens of a node, T tokens of 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -158,7 +159,8 @@ class KVTree:
         if wanted > sum(map(len, idle)):
             return False
         wanted = max(wanted, min(self.capacity // EVICTED_SHARE, self.used))
-        leaves = [(node.used, id(node), node) for node in idle if not node.children]
+        number = itertools.count()  # of equally old ones the first that was found: ranks that share layers evict alike
+        leaves = [(node.used, next(number), node) for node in idle if not node.children]
         heapq.heapify(leaves)
         gone = 0
         while leaves and gone < wanted:
@@ -167,7 +169,7 @@ class KVTree:
             self._remove(node)
             above = node.parent
             if above is not self.root and above is not None and not above.children and not above.pins:
-                heapq.heappush(leaves, (above.used, id(above), above))
+                heapq.heappush(leaves, (above.used, next(number), above))
         self.evicted += gone
         return True
 

@@ -6,18 +6,25 @@ The ops are those that torch.compile packs weights with; they are not part of to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mas_hpc.models.adapters import BankLinear
 
+Linear = nn.Linear | BankLinear
+
 MIN_WEIGHT = 1 << 16
 """Elements; of smaller weights the call costs more than the layout saves."""
 ROWS = 32
 """The number of rows that the layout is chosen for; others are correct, too."""
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one block that read the same input: one product by their joined weights is a tenth faster than one each."""
+
+Multiply = Callable[[Tensor], Tensor]
 
 
 class PackedLinears:
@@ -26,13 +33,13 @@ class PackedLinears:
     def __init__(self, model: nn.Module) -> None:
         weight = next(model.parameters())
         suited = weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear | BankLinear)] if suited else []
-        self._linears = [linear for linear in linears if linear.weight.numel() >= MIN_WEIGHT]
-        self._multiply: list[Callable[[Tensor], Tensor]] = []
+        groups = _groups(model) if suited else []
+        self._groups = [group for group in groups if sum(linear.weight.numel() for linear in group) >= MIN_WEIGHT]
+        self._multiply: list[list[Multiply]] = []
 
     def pack(self) -> None:
         """Copy the weights as they are now."""
-        self._multiply = [_packed(linear) for linear in self._linears]
+        self._multiply = [_packed(group) for group in self._groups]
 
     def clear(self) -> None:
         """Give the memory back."""
@@ -42,7 +49,8 @@ class PackedLinears:
     def used(self) -> Iterator[None]:
         """Inside, the model multiplies by the packed copies. For inference only: no gradient passes them."""
         assert torch.is_inference_mode_enabled()
-        replaced = list(zip(self._linears, self._multiply, strict=False))
+        pairs = zip(self._groups, self._multiply, strict=False)
+        replaced = [pair for group, multiply in pairs for pair in zip(group, multiply, strict=True)]
         for linear, multiply in replaced:
             setattr(linear, _place(linear), multiply)
         try:
@@ -52,12 +60,53 @@ class PackedLinears:
                 delattr(linear, _place(linear))
 
 
-def _place(linear: nn.Module) -> str:
+def _groups(model: nn.Module) -> list[list[Linear]]:
+    """Every linear layer once, siblings together."""
+    groups: list[list[Linear]] = []
+    for block in model.modules():
+        linears = {name: child for name, child in block.named_children() if isinstance(child, nn.Linear | BankLinear)}
+        for names in SIBLINGS:
+            if linears.keys() >= set(names):
+                groups.append([linears.pop(name) for name in names])
+        groups += [[linear] for linear in linears.values()]
+    return groups
+
+
+def _place(linear: Linear) -> str:
     """The method that multiplies by the weight and nothing else."""
     return "base" if isinstance(linear, BankLinear) else "forward"
 
 
-def _packed(linear: nn.Linear | BankLinear) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
-    bias = None if linear.bias is None else linear.bias.detach()
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _packed(group: Sequence[Linear]) -> list[Multiply]:
+    """What multiplies by the weight of each."""
+    sizes = [len(linear.weight) for linear in group]
+    weight = torch.cat([linear.weight.detach() for linear in group]) if len(group) > 1 else group[0].weight.detach()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    biases = [linear.weight.new_zeros(size) if linear.bias is None else linear.bias.detach()
+              for linear, size in zip(group, sizes, strict=True)]  # fmt: skip
+    bias = None if all(linear.bias is None for linear in group) else torch.cat(biases)
+
+    def multiply(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    if len(group) == 1:
+        return [multiply]
+    joined = _Joined(multiply, sizes)
+    return [partial(joined.part, number) for number in range(len(group))]
+
+
+class _Joined:
+    """Outputs of siblings from one product: it is made for the first that asks, and kept until all have asked."""
+
+    def __init__(self, multiply: Multiply, sizes: Sequence[int]) -> None:
+        self._multiply, self._sizes = multiply, list(sizes)
+        self._input: Tensor | None = None
+        self._parts: dict[int, Tensor] = {}
+
+    def part(self, number: int, x: Tensor) -> Tensor:
+        if x is not self._input or number not in self._parts:
+            self._input, self._parts = x, dict(enumerate(self._multiply(x).split(self._sizes, -1)))
+        found = self._parts.pop(number)
+        if not self._parts:
+            self._input = None
+        return found

@@ -12,23 +12,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mas_hpc.distributed.tensor_layers import group_of
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.attention import Attend, hidden_states
 from mas_hpc.models.flex_attention import tree_attention
 from mas_hpc.prefix_tree import IntArray
 from mas_hpc.rollout.native.decode_attention import DecodeAttention
+from mas_hpc.rollout.native.fused_norms import FusedNorms
 from mas_hpc.rollout.native.kv_pool import KVPool
 from mas_hpc.rollout.native.packed_linear import PackedLinears
 from mas_hpc.rollout.native.prefill import Chunk
 
 
 class Runner:
-    """A prepared model and its adapters. Raises nothing of its own."""
+    """A prepared model and its adapters, or this rank's part of its layers. Raises nothing of its own."""
 
     def __init__(self, model: PreTrainedModel, bank: AdapterBank | None) -> None:
         self.model = model
         self.head = model.get_output_embeddings()
+        self.tensor = group_of(model)
+        self.vocabulary: int = self.head.out_features if self.tensor else len(self.head.weight)
         self.packed = PackedLinears(model)
+        self.norms = FusedNorms(model)
         self._bank = bank
         self._device = model.device
 
@@ -39,14 +44,14 @@ class Runner:
 
     def decode(self, token_B: Sequence[int], position_B: Tensor, adapter_B: Tensor, attend: DecodeAttention) -> Tensor:
         """Feed one token a row; return hidden states, [B, E]."""
-        attend.tails.advance()
+        attend.advance()
         return self._hidden(self._tensor(token_B), position_B, adapter_B, attend)
 
     def both(
         self, chunk: Chunk, pool: KVPool, token_B: Sequence[int], position_B: Tensor, adapter_B: Tensor, attend: DecodeAttention
     ) -> tuple[Tensor, Tensor]:
         """A chunk and a decoding step as one pass over the weights; hidden states of both."""
-        attend.tails.advance()
+        attend.advance()
         mixed = MixedAttention(PrefillAttention(chunk, pool), len(chunk), attend)
         token_N, position_N, adapter_N = self._columns(chunk)
         hidden_TE = self._hidden(
@@ -56,8 +61,9 @@ class Runner:
         return hidden_TE[: len(chunk)], hidden_TE[len(chunk) :]
 
     def logits(self, hidden_BE: Tensor) -> Tensor:
-        """The LM head."""
-        return self.head(hidden_BE)
+        """The LM head, of the whole vocabulary. Collective in the tensor group."""
+        logits = self.head(hidden_BE)
+        return self.tensor.join(logits, self.vocabulary) if self.tensor else logits
 
     def _hidden(self, token_T: Tensor, position_T: Tensor, adapter_T: Tensor, attend: Attend) -> Tensor:
         with self._route(adapter_T):

@@ -1,0 +1,86 @@
+"""A decoding step on one core: the native engine, transformers' `generate`, vLLM's CPU build compiled, and the roofline.
+
+SmolLM2-135M-Instruct in float32, one thread a process, CPU seconds. Decoding reads memory all the time: other work on the
+machine, also on other cores, slows it. vLLM runs in an environment of its own (`make test-vllm` makes it).
+Run: OMP_NUM_THREADS=1 python -m benchmarks.bench_decode [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from reporting import Row, cost_row, report
+from rollout_peers import VLLM_PYTHON, decode_ours, decode_theirs, hardware, saved, vllm
+
+from mas_hpc.config import ModelConfig
+from mas_hpc.models.load import load_model
+from mas_hpc.rollout.native.engine import NativeEngine
+
+HF = f"transformers {transformers.__version__} generate"
+BATCHES = (8, 32)
+REPEATS = 3
+
+
+def measure(model: Any, tokenizer: Any, scratch: Path, repeats: int, context: int, steps: int) -> dict[tuple[str, int], float]:
+    """Median CPU seconds of a step by engine and batch; each repeat asks all engines in turn, so that drift hits all alike."""
+    folder, peer = saved(model, tokenizer, scratch)
+    engine = NativeEngine(model, tokenizer, max_rows=64)
+    decode = {"batches": list(BATCHES), "context": context, "steps": steps}
+    found: dict[tuple[str, int], list[float]] = {}
+    for repeat in range(repeats + 1):  # the first warms up
+        costs = {("ours", batch): decode_ours(engine, batch, context, steps) for batch in BATCHES}
+        costs |= {(HF, batch): decode_theirs(peer, batch, context, steps) for batch in BATCHES}
+        if VLLM_PYTHON.exists():
+            answer = vllm({"model": str(folder), "eager": False, "decode": decode})
+            name = f"vllm {answer['versions']['vllm']} compiled"
+            costs |= {(name, one["batch"]): one["cpu_s_per_step"] for one in answer["decode"]}
+        print({f"{who}, {batch}": round(cost, 4) for (who, batch), cost in costs.items()}, flush=True)
+        for key, cost in costs.items() if repeat else ():
+            found.setdefault(key, []).append(cost)
+    return {key: median(values) for key, values in found.items()}
+
+
+def rows_of(costs: Mapping[tuple[str, int], float], parameters: int, context: int) -> list[Row]:
+    """Ours beside each peer, and beside what the core could do at best: reading all weights and caches, or multiplying."""
+    read, flops = hardware()
+    rows = []
+    for (who, batch), cost in sorted(costs.items(), key=lambda item: item[0][1]):
+        if who != "ours":
+            case = f"decode, batch {batch}, contexts of {context}"
+            ours = costs["ours", batch]
+            rows.append(cost_row(case=case, metric="cpu_s/step", ours=ours, peer=who, theirs=cost, target=0.9))
+    for batch in BATCHES:
+        cache = batch * context * 30 * 2 * 3 * 64 * 4
+        bound = max((4 * parameters + cache) / read, 2 * parameters * batch / flops)
+        name, case = f"roofline: {read / 1e9:.1f} GB/s, {flops / 1e9:.0f} GFLOP/s", f"decode, batch {batch}"
+        rows.append(cost_row(case=case, metric="cpu_s/step", ours=costs["ours", batch], peer=name, theirs=bound, target=0.0))
+    return rows
+
+
+def main() -> None:
+    """Measure, write results/decode.json, print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="few steps, once: to see that it runs")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    repeats, context, steps = (1, 60, 4) if quick else (REPEATS, 300, 24)
+    with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        model, tokenizer = load_model(ModelConfig(path="smollm2"), seed=0)
+        costs = measure(model, tokenizer, Path(scratch), repeats, context, steps)
+    rows = rows_of(costs, sum(parameter.numel() for parameter in model.parameters()), context)
+    notes = {
+        "model": "SmolLM2-135M-Instruct, float32, one thread, temperature 1, end of sequence off",
+        "vllm": "its own process, compiled",
+    }
+    report("decode-quick" if quick else "decode", rows, notes=notes)
+
+
+if __name__ == "__main__":
+    main()
