@@ -1,8 +1,11 @@
 """Fixtures that several test folders share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.pop("PYTHONUNBUFFERED", None)  # unbuffered Python writes a printed line in parts, which mix where ranks share a pipe
 
 
 @pytest.fixture(scope="session")

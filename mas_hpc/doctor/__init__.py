@@ -1,0 +1,1 @@
+"""Checks of a node, or of all nodes of a job."""
