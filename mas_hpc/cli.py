@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mas_hpc.errors import MasHpcError
+from mas_hpc import cli_machine, exits
+from mas_hpc.cli_options import ConfigFile, Overrides, Resume, load
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from mas_hpc.config import RunConfig
+    from mas_hpc.distributed.world import World
+    from mas_hpc.resume import Training
     from mas_hpc.run import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, such as configs/quickstart.yaml", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, any number of them", show_default=False)]
-Resume = Annotated[
-    Path | None, typer.Option(help="folder of a run that was stopped: play only what is missing there", show_default=False)
+ResumeTraining = Annotated[
+    Path | None, typer.Option("--resume", help="folder of a run that was stopped: go on from a checkpoint", show_default=False)
+]
+ResumeStep = Annotated[
+    int | None, typer.Option(min=1, help="checkpoint of that step; default: the newest whole one", show_default=False)
+]
+MayDiffer = Annotated[
+    list[str] | None,
+    typer.Option(help="key that may differ from the run's configuration; any number of them", show_default=False),
 ]
 
 
@@ -38,7 +49,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """
     from mas_hpc.plan import print_plan
 
-    print_plan(_load(config, overrides))
+    print_plan(load(config, overrides))
 
 
 @app.command(name="config")
@@ -53,7 +64,10 @@ def reference() -> None:
 
 
 @app.command()
-def pipeline(config: ConfigFile, overrides: Overrides = None) -> None:
+def pipeline(
+    config: ConfigFile, overrides: Overrides = None, resume: ResumeTraining = None, resume_step: ResumeStep = None,
+    may_differ: MayDiffer = None,
+) -> None:  # fmt: skip
     """Build, warm start, evaluate, train, evaluate again and report.
 
     Example: mas-hpc pipeline configs/quickstart.yaml seed=1
@@ -63,15 +77,19 @@ def pipeline(config: ConfigFile, overrides: Overrides = None) -> None:
     def job(run: Run) -> None:
         training.check(run)
         run = training.warm_up(run)
-        before = evaluation.evaluate(run, "before")
+        before = evaluation.evaluate_before(run)
         training.train(run)
         _finish(run, [*before, *evaluation.evaluate(run, "after")])
 
-    _with_run(_playable(_trainable(_load(config, overrides)), pipeline=True), job)
+    training_job = _training("pipeline", resume, resume_step, may_differ)
+    _with_run(_playable(_trainable(load(config, overrides)), pipeline=True), job, resume=resume, training=training_job)
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile, overrides: Overrides = None, resume: ResumeTraining = None, resume_step: ResumeStep = None,
+    may_differ: MayDiffer = None,
+) -> None:  # fmt: skip
     """Run one method (method.kind) and save its weights.
 
     Example: mas-hpc train configs/at_grpo.yaml method.steps=20
@@ -83,7 +101,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         training.train(training.warm_up(run))
         _report(run)
 
-    _with_run(_trainable(_load(config, overrides)), job)
+    training_job = _training("train", resume, resume_step, may_differ)
+    _with_run(_trainable(load(config, overrides)), job, resume=resume, training=training_job)
 
 
 @app.command()
@@ -98,7 +117,7 @@ def rollout(config: ConfigFile, overrides: Overrides = None, resume: Resume = No
         evaluation.rollout(training.keep(training.warm_up(run)))
         _report(run)
 
-    _with_run(_playable(_load(config, overrides)), job, trains=False, resume=resume)
+    _with_run(_playable(load(config, overrides)), job, trains=False, resume=resume)
 
 
 @app.command()
@@ -113,36 +132,25 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, resume: Resume = N
         run = training.keep(training.warm_up(run))
         _finish(run, evaluation.evaluate(run, ""))
 
-    _with_run(_playable(_load(config, overrides)), job, trains=False, resume=resume)
+    _with_run(_playable(load(config, overrides)), job, trains=False, resume=resume)
 
 
 @app.command()
-def launch(
-    ranks: Annotated[int, typer.Option("-n", min=2, help="ranks to start", show_default=False)],
-    config: ConfigFile,
-    overrides: Overrides = None,
-    local: Annotated[bool, typer.Option("--local", help="on this host")] = False,
-    job: Annotated[Literal["pipeline", "rollout", "train", "evaluate"], typer.Option(help="what the ranks do")] = "rollout",
-    max_restarts: Annotated[int, typer.Option(min=0, help="of all ranks; rollout and evaluate only")] = 3,
-    resume: Resume = None,
+def export(
+    folder: Annotated[Path, typer.Argument(help="Run folder, such as runs/mas", show_default=False)],
+    step: Annotated[int | None, typer.Option(min=1, help="default: the newest whole checkpoint", show_default=False)] = None,
+    to: Annotated[Path | None, typer.Option(help="default: export/ in the run folder", show_default=False)] = None,
 ) -> None:
-    """Start ranks on this host and watch over them: the work of one that dies goes to the others.
+    """Write the weights of a checkpoint as Hugging Face and PEFT do, for model.path and adapters.path.
 
-    Example: mas-hpc launch --local -n 2 --job rollout configs/mas.yaml rollout.stall_s=60
+    Example: mas-hpc export runs/mas --step 40
     """
-    from mas_hpc.errors import LaunchError
+    from rich.console import Console
 
-    if resume and job not in ("rollout", "evaluate"):
-        raise LaunchError(f"--resume: {job} begins anew; only --job rollout and --job evaluate go on where they were")
-    if not local:
-        raise LaunchError("launch starts ranks on this host alone: add --local; on several: mpiexec ... mas-hpc <command> ...")
-    _load(config, overrides)  # a mistake is said once, not by every rank
-    from mas_hpc.distributed import supervisor
+    from mas_hpc.phases.export import export as export_run
 
-    going_on = ("--resume", str(resume)) if resume else ()
-    command = (sys.executable, "-m", "mas_hpc", job, str(config), *(overrides or ()), *going_on)
-    plan = supervisor.Launch(job=job, command=command, ranks=ranks, max_restarts=max_restarts)
-    raise typer.Exit(supervisor.launch(plan))
+    console = Console(soft_wrap=True)
+    console.print(f"exported: {export_run(folder, console, step=step, to=to)}", highlight=False)
 
 
 @app.command()
@@ -201,42 +209,20 @@ def credit(  # noqa: PLR0913 (options of the command line)
     from mas_hpc.phases.credit import CreditOptions
     from mas_hpc.phases.credit import credit as credit_run
     from mas_hpc.phases.credit_results import print_credit
-    from mas_hpc.run import policy_version, reopen
+    from mas_hpc.run import config_of, policy_version, reopen
     from mas_hpc.serving import serve
 
     options = CreditOptions(
         method=method, value=value, replays=replays, traces=traces, limit=limit, localizer=localizer, epsilon=epsilon,
         resamples=resamples, pairs=pairs, base=base, reward_model=reward_model, seed=seed,
     )  # fmt: skip
-    with connected(World.from_env()) as world:
+    config = config_of(folder)
+    with connected(World.from_env(), config.distributed.device) as ranks, _watching(ranks, config) as world:
         console = Console(quiet=not world.is_first, soft_wrap=True)
         run = serve(reopen(folder, world, console), policy_version(folder))
         results = credit_run(run, options)
         print_credit(console, results, folder)
         _report(run)
-
-
-@app.command()
-def bench(name: Annotated[str, typer.Argument(help="Benchmark, such as tree or rollout", show_default=False)]) -> None:
-    """Run benchmarks/bench_<name>.py: ours and its peers in one call; writes benchmarks/results/<name>.json.
-
-    Example: mas-hpc bench tree
-    """
-    import subprocess
-
-    from mas_hpc.errors import ConfigError
-
-    folder = Path(__file__).parents[1] / "benchmarks"
-    names = sorted(file.stem.removeprefix("bench_") for file in folder.glob("bench_*.py"))
-    if name not in names:
-        raise ConfigError(f"bench {name!r}: expected one of {names} (benchmarks live in a source checkout: {folder})")
-    raise typer.Exit(subprocess.call([sys.executable, str(folder / f"bench_{name}.py")]))
-
-
-def _load(file: Path, overrides: list[str] | None) -> RunConfig:
-    from mas_hpc.config_file import load_config
-
-    return load_config(file, overrides or [])
 
 
 def _trainable(config: RunConfig) -> RunConfig:
@@ -257,23 +243,68 @@ def _playable(config: RunConfig, *, pipeline: bool = False) -> RunConfig:
     return config
 
 
-def _with_run(config: RunConfig, job: Any, *, trains: bool = True, resume: Path | None = None) -> None:
-    """Join the ranks, build the run and do the job; say where the traces are when it is interrupted."""
+def _training(job: str, resume: Path | None, step: int | None, may_differ: list[str] | None) -> Training:
+    from mas_hpc.errors import ConfigError
+    from mas_hpc.resume import Training
+
+    if resume is None and (step is not None or may_differ):
+        raise ConfigError("--resume-step and --may-differ say how to go on with a run: add --resume FOLDER")
+    return Training(job=job, step=step, may_differ=tuple(may_differ or ()))
+
+
+def _with_run(
+    config: RunConfig, job: Any, *, trains: bool = True, resume: Path | None = None, training: Training | None = None
+) -> None:  # fmt: skip
+    """Join the ranks, build the run and do the job. The ranks of a run that was asked to end part as if it were done."""
+    from mas_hpc.distributed.rank_logs import log_to_file
+    from mas_hpc.distributed.world import World, connected
+    from mas_hpc.errors import RunStopped
+
+    stopped = False
+    with connected(log_to_file(World.from_env()), config.distributed.device) as ranks:
+        try:
+            with _watching(ranks, config) as world:
+                _in_folder(config, world, job, trains=trains, resume=resume, training=training)
+        except RunStopped as stop:
+            stopped = True
+            if ranks.is_first:
+                typer.echo(f"{stop}; --resume goes on from there")
+    if stopped:
+        raise typer.Exit(exits.NOT_FINISHED)
+
+
+def _in_folder(
+    config: RunConfig, world: World, job: Any, *, trains: bool, resume: Path | None, training: Training | None
+) -> None:  # fmt: skip
+    """Build the run and do the job; say where the traces are when it is interrupted."""
     from rich.console import Console
 
-    from mas_hpc.distributed.world import World, connected
+    from mas_hpc.errors import RunStopped
+    from mas_hpc.resume import mark_finished
     from mas_hpc.run import build
 
-    with connected(World.from_env()) as world:
-        console = Console(quiet=not world.is_first, soft_wrap=True)
-        run = build(config, world, console, resume, trains=trains)
-        console.print(f"run folder: {run.folder}", highlight=False)
-        try:
-            job(run)
-            run.close()
-        except KeyboardInterrupt:
-            console.print(f"interrupted; every finished trace is in {run.folder / 'traces'}", style="yellow")
-            raise
+    console = Console(quiet=not world.is_first, soft_wrap=True)
+    run = build(config, world, console, resume, trains=trains, training=training)
+    console.print(f"run folder: {run.folder}", highlight=False)
+    try:
+        job(run)
+        run.close()
+        if training:
+            mark_finished(run.folder, world, training.job)
+    except RunStopped:
+        run.close()
+        raise
+    except KeyboardInterrupt:
+        console.print(f"interrupted; every finished trace is in {run.folder / 'traces'}", style="yellow")
+        raise
+    finally:
+        run.release()
+
+
+def _watching(world: World, config: RunConfig) -> AbstractContextManager[World]:
+    from mas_hpc.distributed.watchdog import watching
+
+    return watching(world, hang_s=config.distributed.hang_s, stall_s=config.rollout.stall_s)
 
 
 def _finish(run: Run, rows: Any) -> None:
@@ -289,23 +320,24 @@ def _finish(run: Run, rows: Any) -> None:
 def _report(run: Run) -> None:
     from mas_hpc.evaluation.report.build import build_report
 
+    run.world.watch.at("report")
     if run.world.is_first:
         run.console.print(f"report: {build_report(run.folder)}", highlight=False)
 
 
+app.add_typer(cli_machine.app)
+
+
 def main() -> None:
-    """Entry point: a user's mistake is one message and exit 1, Ctrl-C is exit 130."""
+    """Entry point: an error that is no mistake of ours is one message; exit codes are those of exits.py."""
     try:
         app(standalone_mode=True)
-    except MasHpcError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
-    except OSError as error:
-        typer.secho(
-            f"error: {error.filename or 'file'}: {error.strerror or error}; what was written before is intact",
-            fg="red",
-            err=True,
-        )
-        sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(exits.INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 (the outermost: it ends the process, with a code)
+        code = exits.exit_code(error)
+        if code == exits.UNEXPECTED:
+            traceback.print_exc()
+        else:
+            typer.secho(f"error: {exits.explain(error, code)}", fg="red", err=True)
+        sys.exit(code)

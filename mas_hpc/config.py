@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mas_hpc.config_distributed import CheckpointConfig, DistributedConfig, KernelsConfig, ProfileConfig
 from mas_hpc.config_methods import (
     ATGRPOConfig,
     Count,
@@ -246,6 +247,10 @@ class RunConfig(Section):
     """SFT of the base model on demonstrated transcripts, before adapters are added; absent: none."""
     method: MethodConfig = ATGRPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def folder(self) -> Path:

@@ -24,7 +24,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.yaml")], n=3)
         raise ConfigError(f"{file}: no such file; expected a YAML configuration" + (f", perhaps {near}" if near else ""))
-    raw = _parse_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not text in UTF-8 ({error.reason} at byte {error.start}); expected YAML") from None
+    raw = _parse_yaml(text, str(file)) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected a mapping of sections, found {type(raw).__name__}")
     for override in sorted(overrides, key=lambda override: not override.partition("=")[0].endswith(".kind")):

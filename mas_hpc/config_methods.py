@@ -44,6 +44,9 @@ class Optimization(Section):
     """Last learning rate over the peak."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradient norm limit, per policy."""
+    max_skipped: Positive = 3
+    """Steps in a row without a finite loss and gradient, which are skipped, after which weights and optimizer go back to the
+    last checkpoint; without one, or when that has been tried, the run ends."""
     eval_every: Count = 0
     """Steps between looks at held-out data; the best weights seen are the ones that are kept. 0: never, keep the last."""
 

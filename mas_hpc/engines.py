@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mas_hpc.config import RunConfig
+from mas_hpc.distributed.tensor_layers import group_of
 from mas_hpc.distributed.transport import Transport
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.rollout.engine import RolloutEngine
@@ -14,6 +15,7 @@ from mas_hpc.rollout.native.engine import NativeEngine
 from mas_hpc.rollout.placement import Placement
 from mas_hpc.rollout.router import RoutedEngine
 from mas_hpc.rollout.sharded import ShardedEngine
+from mas_hpc.rollout.tensor import TensorEngine
 
 Make = Callable[[str], RolloutEngine]
 """The engine of the trained model for "", else of the policy's own model."""
@@ -43,12 +45,13 @@ def build_engine(
     config: RunConfig, model: Any, tokenizer: Any, other_models: Mapping[str, Any], shards: Shards | None,
     bank: AdapterBank | None = None,
 ) -> RolloutEngine:  # fmt: skip
-    """Native engines of the models that this rank serves."""
+    """Native engines of the models that this rank serves: whole, or with the ranks of its tensor group."""
 
     def make(policy: str) -> RolloutEngine:
         return native_engine(config, other_models[policy] if policy else model, tokenizer, None if policy else bank)
 
-    return assemble_engine(config, list(other_models), shards, make)
+    engine, group = assemble_engine(config, list(other_models), shards, make), None if model is None else group_of(model)
+    return TensorEngine(engine, group) if group else engine
 
 
 def assemble_engine(config: RunConfig, own: Sequence[str], shards: Shards | None, make: Make) -> RolloutEngine:

@@ -21,9 +21,17 @@ class LaunchError(MasHpcError, RuntimeError):
     """The launcher, the ranks or their process group do not fit together."""
 
 
+class LostPeerError(LaunchError, RolloutError):
+    """Another rank has ended, or is silent: the consequence of what happened there."""
+
+
 class CheckpointError(MasHpcError, OSError):
     """A model or checkpoint cannot be read or written."""
 
 
 class RunError(MasHpcError, RuntimeError):
     """Training cannot go on."""
+
+
+class RunStopped(RunError):
+    """The run was asked to end before it was done; what it had is kept, and it can go on from there."""

@@ -13,7 +13,7 @@ from mas_hpc.data import trace_store
 from mas_hpc.distributed.notes import from_first, tell_first
 from mas_hpc.distributed.tickets import Tickets, open_tickets
 from mas_hpc.distributed.world import World
-from mas_hpc.errors import MasHpcError, RolloutError
+from mas_hpc.errors import MasHpcError, RolloutError, RunStopped
 from mas_hpc.orchestration.collect import collect, origin_of
 from mas_hpc.orchestration.episode import Play, Team
 from mas_hpc.orchestration.events import InOrder, Jobs
@@ -60,38 +60,49 @@ def play_counted(
     meet in the store, so that those that are left finish the work of one that dies.
     """
     how = replace(how, step=step, label=label)
-    file = run.folder / "traces" / f"{label}{f'.rank{run.world.rank}' if run.world.size > 1 else ''}.jsonl"
+    run.world.watch.at(label, step)
     known = _known(run, tasks, how) if keep and run.resumes else {}
     left = [job for job in range(len(tasks) * how.sampling.episodes) if job not in known]
-    jobs = dealt(run.world, label, left, stall_s=run.config.rollout.stall_s, encode=_to_line, decode=trace_store.from_json)
+    file = run.folder / "traces" / f"{label}{f'.rank{run.world.rank}' if run.world.size > 1 else ''}.jsonl"
     keeper = _Keeper(file, at_once=keep)
-    progress, advance = run.progress(label, -(-len(left) // run.world.size), shown=bar)
-
-    def on_trace(trace: Trace) -> None:
-        keeper.take(trace)
-        advance()
-
-    live = max(1, run.config.rollout.max_rows // how.sampling.group_size)
     count = meter(run, label)
-    try:
-        with progress:
-            collect(
-                run.engine, tasks, how, max_live=live, schedule=run.config.rollout.schedule, jobs=jobs, on_trace=on_trace,
-                starts=starts,
-            )  # fmt: skip
-    except (KeyboardInterrupt, MasHpcError):
-        keeper.write_all()
-        raise
-    keeper.close()
-    fresh = jobs.results()
+    fresh = run.led(lambda: _play_here(run, tasks, how, left, keeper, keep=keep, bar=bar, starts=starts), _to_text, _from_text)
     account = count([fresh[job] for job in sorted(fresh)])
     traces = known | fresh
     _tell_failures(run, label, list(fresh.values()))
     if keep and left and run.world.is_first:
-        if account.num_ranks < run.world.size:
+        if account.num_ranks < run.players.size:
             _keep_lost(run, tasks, how, traces, file)
         run.log(label, step, account.metrics())
     return Played(traces=[traces[job] for job in sorted(traces)], account=account)
+
+
+def _play_here(
+    run: Run, tasks: Sequence[Task], how: Play, left: Sequence[int], keeper: _Keeper, *, keep: bool, bar: bool,
+    starts: Sequence[Sequence[Turn]],
+) -> dict[int, Trace]:  # fmt: skip
+    """All ranks' traces of the jobs `left`, of which this one plays some; it keeps its own."""
+    players, settings = run.players, run.config.rollout
+    jobs = dealt(players, how.label, left, stall_s=settings.stall_s, encode=_to_line, decode=trace_store.from_json)
+    jobs = _UntilAsked(jobs, run.world, how.label) if keep else jobs
+    progress, advance = run.progress(how.label, -(-len(left) // players.size), shown=bar)
+
+    def on_trace(trace: Trace) -> None:
+        if keeper.take(trace):
+            run.world.watch.kept()
+        advance()
+
+    live = max(1, settings.max_rows // how.sampling.group_size)
+    try:
+        with progress:
+            collect(
+                run.engine, tasks, how, max_live=live, schedule=settings.schedule, jobs=jobs, on_trace=on_trace, starts=starts
+            )
+    except (KeyboardInterrupt, MasHpcError):
+        keeper.write_all()
+        raise
+    keeper.close()
+    return jobs.results()
 
 
 def _tell_failures(run: Run, label: str, traces: Sequence[Trace]) -> None:
@@ -139,6 +150,24 @@ class _Streamed:
         return {job: self._decode(result) for job, result in zip(self._left, self._tickets.results(), strict=True)}
 
 
+class _UntilAsked:
+    """Jobs of which none is taken once the run is asked to end: those that are finished are on disk."""
+
+    def __init__(self, jobs: Dealt, world: World, label: str) -> None:
+        self._jobs, self._watch, self._label = jobs, world.watch, label
+        self.finish, self.results = jobs.finish, jobs.results
+
+    def take(self, live: int, room: int) -> list[int]:
+        return self._jobs.take(live, room)
+
+    @property
+    def exhausted(self) -> bool:
+        """See Jobs. Raises RunStopped, here because every rank asks this, also one that has nothing to do."""
+        if self._watch.is_asked_to_end and not self._jobs.exhausted:
+            raise RunStopped(f"{self._label}: asked to end; every finished trace is kept")
+        return self._jobs.exhausted
+
+
 def dealt(
     world: World, label: str, left: Sequence[int], *, stall_s: float, encode: Callable[[Any], bytes],
     decode: Callable[[bytes], Any],
@@ -153,16 +182,29 @@ def _to_line(trace: Trace) -> bytes:
     return trace_store.to_json(trace).encode()
 
 
+def _to_text(traces: Mapping[int, Trace]) -> str:
+    return "\n".join(f"{job} {trace_store.to_json(trace)}" for job, trace in traces.items())
+
+
+def _from_text(text: str) -> dict[int, Trace]:
+    numbered = (line.split(" ", 1) for line in text.split("\n") if line)
+    return {int(job): trace_store.from_json(trace.encode()) for job, trace in numbered}
+
+
 # ---- counting
 
 
 def meter(run: Run, label: str) -> Callable[[Sequence[Trace]], Account]:
-    """Start counting; the call returns what the engines have done since, for these traces."""
+    """Start counting; the call returns what the engines have done since, for these traces.
+
+    Ranks that serve together do the same work: it counts once, on those that lead.
+    """
     start_s, before = time.perf_counter(), run.engine.stats
 
     def stop(traces: Sequence[Trace]) -> Account:
         wall_s = time.perf_counter() - start_s
-        told = tell_first(run.world, label, stats_to_json(run.engine.stats - before), patience_s=LEAVE_S)
+        done = stats_to_json(run.engine.stats - before)
+        told = tell_first(run.players, label, done, patience_s=LEAVE_S) if run.leads else {run.world.rank: done}
         return Account(
             stats=summed(list(told.values())), wall_s=wall_s, num_ranks=len(told), max_rows=run.config.rollout.max_rows,
             latencies=latencies_of(traces),
@@ -182,15 +224,16 @@ class _Keeper:
         self._held: list[Trace] = []
         self._synced_s, self._is_synced = -SYNC_S, True
 
-    def take(self, trace: Trace) -> None:
-        """Append a trace, so that it outlives this rank; every SYNC_S, so that those before it outlive the host."""
+    def take(self, trace: Trace) -> bool:
+        """Append a trace, so that it outlives this rank; every SYNC_S, so that those before it outlive the host. Whether so."""
         if not self._at_once:
             self._held.append(trace)
-            return
+            return False
         now_s = time.monotonic()
         self._is_synced = now_s - self._synced_s >= SYNC_S
         trace_store.write(self._file, [trace], sync=self._is_synced)
         self._synced_s = now_s if self._is_synced else self._synced_s
+        return self._is_synced
 
     def write_all(self) -> None:
         """Append what is held, since nobody will have it."""

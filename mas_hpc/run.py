@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,27 +15,40 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from ruamel.yaml import YAML
 
-from mas_hpc.config import AdapterConfig, ModelConfig, RecordConfig, RunConfig
+from mas_hpc.config import AdapterConfig, Gsm8kConfig, MathConfig, RecordConfig, RunConfig
 from mas_hpc.config_file import load_config
 from mas_hpc.config_methods import OnlineConfig
+from mas_hpc.data.files import fetch
 from mas_hpc.data.tasks import load_tasks
+from mas_hpc.distributed.caches import first_on_host
+from mas_hpc.distributed.checkpoint_files import Phase, Position
+from mas_hpc.distributed.checkpoints import Checkpoints
 from mas_hpc.distributed.exchange import gather_lines
+from mas_hpc.distributed.strategies import build_strategy
+from mas_hpc.distributed.strategy import Strategy
+from mas_hpc.distributed.tensor_layers import cut, group_of
 from mas_hpc.distributed.transport import open_transport
+from mas_hpc.distributed.watchdog import STOP
 from mas_hpc.distributed.world import World
 from mas_hpc.engines import Shards, build_engine, has_shared_model
-from mas_hpc.errors import CheckpointError, ConfigError, DataError
+from mas_hpc.errors import ConfigError, DataError
 from mas_hpc.evaluation.rewards import VerifiableJudge
+from mas_hpc.loading import Loaded, fetch_models, load_other, load_trained, never_serves, place_models, sharing
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.heads import ScalarHead
-from mas_hpc.models.load import checkpoint_activations, count_parameters, load_model, load_tokenizer
+from mas_hpc.models.load import load_tokenizer
 from mas_hpc.orchestration.episode import Team
+from mas_hpc.resume import Training, begin, check_folder, end_of_warm_start
 from mas_hpc.rollout.engine import RolloutEngine
-from mas_hpc.rollout.placement import Mode, Placement, place, placement_table
+from mas_hpc.rollout.placement import Mode
 from mas_hpc.rollout.sharded import ShardedEngine
+from mas_hpc.rollout.tensor import Said, TensorEngine
 from mas_hpc.rollout.vllm import check as check_vllm
-from mas_hpc.teams import build_team, served_models
+from mas_hpc.teams import build_team
+from mas_hpc.training.kernels import report_kernels
 from mas_hpc.training.log import MetricsLog
 from mas_hpc.training.network import Network
+from mas_hpc.training.timing import StepTimer, build_timer
 from mas_hpc.types import Task
 
 
@@ -45,15 +58,21 @@ class Run:
 
     config: RunConfig
     world: World
+    strategy: Strategy
+    """How training is spread over the ranks."""
     folder: Path
     console: Console
     log: MetricsLog
     model: Any
     """The model that is trained, and the base under adapters; None where other ranks serve it and nothing is trained."""
+    source: Path | None
+    """Where its weights are, if the ranks read them only when they train; the model is on the meta device then."""
     tokenizer: Any
     bank: AdapterBank | None
     other_models: Mapping[str, Any]
     """Models by the policy that they serve here, of those in team.models; never trained."""
+    leaders: World | None
+    """The first ranks of tensor groups that serve together, and the place of this one's among them; None: there are none."""
     shards: Shards | None
     """How the ranks serve each other; None where each serves itself."""
     engine: RolloutEngine
@@ -64,8 +83,17 @@ class Run:
     test_tasks: tuple[Task, ...]
     resumes: bool = False
     """Whether the folder may hold what an earlier attempt at this run has finished."""
+    timer: StepTimer = field(default_factory=StepTimer)
+    """Where the time of a training step goes."""
+    checkpoints: Checkpoints | None = None
+    """Those of the folder, of a job that trains."""
+    position: Position | None = None
+    """The checkpoint that training goes on from; None: it begins."""
     lock: IO[str] | None = None
     """What keeps other runs out of the folder, on the rank that holds it."""
+
+    def __post_init__(self) -> None:
+        self.world.watch.follow(lambda: self.engine.stats.steps)
 
     @property
     def judge(self) -> VerifiableJudge:
@@ -73,24 +101,53 @@ class Run:
         method = self.config.method
         return VerifiableJudge(break_penalty=method.break_penalty if isinstance(method, OnlineConfig) else 0.0)
 
+    @property
+    def players(self) -> World:
+        """The ranks that play episodes, and the place among them of this one, or of the one that it follows."""
+        return self.leaders or self.world
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank plays episodes, and does not only serve its part of the layers to one that does."""
+        return self.engine.leads if isinstance(self.engine, TensorEngine) else True
+
+    def led(self, work: Callable[[], Said], encode: Callable[[Said], str], decode: Callable[[str], Said]) -> Said:
+        """What work with the engine, all but load and sleep, gives on the rank that leads this one. See TensorEngine."""
+        return self.engine.led(work, encode, decode) if isinstance(self.engine, TensorEngine) else work()
+
     def serve_others(self) -> None:
         """After work that was shared out beforehand: serve other ranks until theirs is done too."""
         if isinstance(self.engine, ShardedEngine):
             self.engine.serve_others()
 
+    def goes_on_from(self, phase: Phase) -> Position | None:
+        """The checkpoint of a phase that has begun before; of one that is over, its last."""
+        if self.position is None or self.position.phase == phase:
+            return self.position
+        return end_of_warm_start(self.config) if phase == "warm_start" else None
+
     def close(self) -> None:
-        """Collective: the ranks' engines serve each other no more, and the folder is free."""
+        """Collective: checkpoints are on disk, the ranks' engines serve each other no more, and the folder is free."""
+        if self.checkpoints:
+            self.checkpoints.close()
         if self.shards:
             self.shards.transport.close()
+        self.release()
+
+    def release(self) -> None:
+        """Also after a failure: a checkpoint that is being written is waited for, not long, and the folder is free."""
+        if self.checkpoints:
+            self.checkpoints.close(failed=True)
         if self.lock:
             self.lock.close()
 
     def network(self, *, head: ScalarHead | None = None, temperature: float = 1.0) -> Network:
         """The model and its adapters as the trainer sees them."""
+        head = head.to(self.world.device) if head else None
         return Network(
-            model=self.model, bank=self.bank, head=head, scope=self.config.adapters.scope,
+            model=self.model, source=self.source, bank=self.bank, head=head, scope=self.config.adapters.scope,
             max_tree_tokens=self.config.model.max_tree_tokens, temperature=temperature,
-            checkpointing=self.config.model.activation_checkpointing,
+            checkpointing=self.config.model.activation_checkpointing, kernels=self.config.kernels.backend,
         )  # fmt: skip
 
     def progress(self, title: str, total: int, *, shown: bool = True) -> tuple[Progress, Callable[[], None]]:
@@ -108,62 +165,45 @@ class Run:
         return bar, lambda: bar.advance(task)
 
 
-def build(config: RunConfig, world: World, console: Console, resume: Path | None = None, *, trains: bool = True) -> Run:
+def build(
+    config: RunConfig, world: World, console: Console, resume: Path | None = None, *, trains: bool = True,
+    training: Training | None = None,
+) -> Run:  # fmt: skip
     """Load tasks and models, make the run folder, write the resolved config.
 
     Raises ConfigError, DataError, CheckpointError, and LaunchError for fewer ranks than rollout.placement needs.
 
     With `resume`, or when a supervisor has restarted the ranks, the folder is that of the earlier attempt: traces that are kept
-    there are not sampled again. Without `trains`, a rank that neither serves the trained model nor warms it up has it not.
+    there are not sampled again, and a job of `training` goes on from a checkpoint. Without `trains`, a rank that neither serves
+    the trained model nor warms it up has it not.
     """
     if trains:
         check_world(config, world)
     if resume:
-        check_resumable(config, resume)
-
-    lock = None
+        check_folder(config, resume, training)
+    claimed: dict[str, Any] = {"resumes": resume is not None or world.attempt > 0}
 
     def claim() -> Path:
-        nonlocal lock
         folder = resume or claim_folder(config.folder, world)
         if world.is_first:
-            lock = lock_folder(folder)
+            claimed["lock"] = lock_folder(folder)
+        if training:
+            found = begin(config, folder, world, console, training, resumes=claimed["resumes"])
+            claimed["checkpoints"], claimed["position"] = found
+        if world.is_first:
+            (folder / STOP).unlink(missing_ok=True)  # it asked the attempt before
             write_config(config, folder)
         return folder
 
+    if isinstance(config.data, RecordConfig | Gsm8kConfig | MathConfig):
+        first_on_host(world, "the data set", partial(fetch, config.data.path))
     loads = not isinstance(config.data, RecordConfig)
     trains = trains or bool(config.warm_start and config.warm_start.steps)
-    run = _assemble(config, world, console, claim, mode=config.rollout.placement, tasks=loads, trains=trains)
-    return replace(run, resumes=resume is not None or world.attempt > 0, lock=lock)
-
-
-TRACES_NEED_NOT = {"name", "runs_dir", "tracking", "evaluation.num_tasks", "rollout.num_tasks"} | {
-    f"rollout.{key}" for key in ("placement", "schedule", "max_rows", "prefill_chunk", "kv_gib", "stall_s")
-}
-"""Keys that may change when a run is resumed: they decide how and how many traces are made, not what is in one."""
-
-
-def check_resumable(config: RunConfig, folder: Path) -> None:
-    """Refuse a folder whose traces another configuration has made. Raises DataError, ConfigError."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise DataError(f"{folder}: no config.yaml there; expected the folder of a run that was stopped, such as runs/mas")
-    before, wanted = _keys(load_config(file)), _keys(config)
-    keys = sorted(before.keys() | wanted.keys())
-    changed = [key for key in keys if key not in TRACES_NEED_NOT and before.get(key) != wanted.get(key)]
-    if changed:
-        raise ConfigError(
-            f"{', '.join(changed)}: not as in {file}, so its traces are not this run's; give the configuration it was started "
-            "with, or start a new run"
-        )
-
-
-def _keys(config: RunConfig) -> dict[str, Any]:
-    """Values by section.key."""
-    found: dict[str, Any] = {}
-    for name, value in config.model_dump(mode="json").items():
-        found |= {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-    return found
+    run = _assemble(
+        config, world, console, claim, mode=config.rollout.placement, tasks=loads, trains=trains,
+        serves=not (training and never_serves(config, training.job)),
+    )  # fmt: skip
+    return replace(run, **claimed)
 
 
 def reopen(folder: Path, world: World, console: Console) -> Run:
@@ -172,10 +212,7 @@ def reopen(folder: Path, world: World, console: Console) -> Run:
     The engine stamps completions with the policy version of those weights. Every rank has every model, whatever
     rollout.placement says: replays are shared out beforehand.
     """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise DataError(f"{folder}: no config.yaml there; expected the folder of a run, such as runs/mas")
-    config = load_config(file)
+    config = config_of(folder)
     if (folder / "adapters").is_dir():
         config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"path": str(folder / "adapters")})})
     if (folder / "model").is_dir():
@@ -188,6 +225,22 @@ def reopen(folder: Path, world: World, console: Console) -> Run:
     return run
 
 
+def open_untrained(folder: Path, world: World, console: Console) -> Run:
+    """The run in a folder with the weights that it began from, for who replaces them. Raises DataError, CheckpointError."""
+    config = config_of(folder)
+    native = config.rollout.model_copy(update={"engine": "native"})
+    config = config.model_copy(update={"tracking": "none", "rollout": native})
+    return _assemble(config, world, console, lambda: folder, mode="colocated", tasks=False, trains=True)
+
+
+def config_of(folder: Path) -> RunConfig:
+    """The resolved configuration of a run. Raises DataError for a folder that is no run's."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise DataError(f"{folder}: no config.yaml there; expected the folder of a run, such as runs/mas")
+    return load_config(file)
+
+
 def policy_version(folder: Path) -> int:
     """The version of the weights in a run folder; 0 where nothing was trained after the warm start."""
     file = folder / "policy_version.json"
@@ -195,77 +248,45 @@ def policy_version(folder: Path) -> int:
 
 
 def _assemble(
-    config: RunConfig, world: World, console: Console, claim: Callable[[], Path], *, mode: Mode, tasks: bool, trains: bool
-) -> Run:
+    config: RunConfig, world: World, console: Console, claim: Callable[[], Path], *, mode: Mode, tasks: bool, trains: bool,
+    serves: bool = True,
+) -> Run:  # fmt: skip
     """Load everything, then claim the folder: a mistake leaves no empty one behind."""
+    with console.status("looking for models ..."):
+        first_on_host(world, "the models", lambda: fetch_models(config))
     train_tasks, test_tasks = load_tasks(config.data) if tasks else ((), ())  # type: ignore[arg-type]
     if config.rollout.engine == "vllm":
         check_vllm(config)
-    placement = place_models(config, world, console, mode)
+    strategy = build_strategy(world, config.distributed)
+    share = sharing(config, strategy) if serves else None
+    placement = place_models(config, world, console, "colocated" if share else mode)
     served = placement.policies_of(world.rank)
     saves = config.rollout.engine == "vllm" and world.is_first  # what others start vLLM on
     if trains or saves or placement.mode == "colocated" or has_shared_model(config, served):
-        with console.status(f"loading {config.model.path} ..."):
-            model, tokenizer = load_model(config.model, seed=config.seed)
-        if config.model.activation_checkpointing:
-            checkpoint_activations(model)
+        loaded = load_trained(config, world, console, serves=serves, share=share)
     else:
-        model, tokenizer = None, load_tokenizer(config.model)
+        loaded = Loaded(model=None, tokenizer=load_tokenizer(config.model))
+    model, tokenizer = loaded.model, loaded.tokenizer
     other_models = {
-        policy: load_other(config, path, tokenizer, f"team.models.{policy}")
+        policy: load_other(config, path, tokenizer, f"team.models.{policy}", world.device, share)
         for policy, path in config.team.models.items() if policy in served
     }  # fmt: skip
     team = build_team(config.team, config, tokenizer)
+    report_kernels(config.kernels.backend, world.device.type, console)
     folder = claim()
+    world.watch.opened(folder)
     shards = None
     if placement.mode == "sharded":
         shards = Shards(placement=placement, transport=open_transport(world, timeout_s=config.rollout.stall_s))
     return Run(
-        config=config, world=world, folder=folder, console=console,
+        config=config, world=world, strategy=strategy, folder=folder, console=console,
         log=MetricsLog(folder, is_writer=world.is_first, tracking=config.tracking),
-        model=model, tokenizer=tokenizer, bank=None, other_models=other_models, shards=shards,
+        model=model, source=loaded.source, tokenizer=tokenizer, bank=None, other_models=other_models, shards=shards,
+        leaders=share.leaders if share else None,
         engine=build_engine(config, model, tokenizer, other_models, shards),
         team=team, train_tasks=train_tasks, test_tasks=test_tasks,
+        timer=build_timer(model, device=world.device, ranks=world.size, synchronizes=config.profile.count > 0),
     )  # fmt: skip
-
-
-def place_models(config: RunConfig, world: World, console: Console, mode: Mode) -> Placement:
-    """Which ranks serve which policies; shown where they are not all served by all. Raises LaunchError, ConfigError."""
-
-    def count(key: str, path: str) -> int:
-        with _blaming(key):
-            return count_parameters(_beside(config, path)) if world.size > 1 and config.team.models else 1
-
-    models = served_models(config, count)
-    placement = place(models, ranks=world.size, mode=mode, hosts=world.hosts)
-    if placement.mode == "sharded":
-        console.print(placement_table(placement, models, world.hosts))
-    return placement
-
-
-def load_other(config: RunConfig, path: str, tokenizer: Any, key: str) -> Any:
-    """A model of the run's vocabulary beside its own. Raises ConfigError for another vocabulary."""
-    with _blaming(key):
-        model, its_tokenizer = load_model(_beside(config, path), seed=config.seed)
-    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(
-            f"{key}={path!r}: its vocabulary is not that of model.path={config.model.path!r}, so the agents could not read "
-            "each other's tokens; choose models of one family"
-        )
-    return model.requires_grad_(False)
-
-
-def _beside(config: RunConfig, path: str) -> ModelConfig:
-    return config.model.model_copy(update={"path": path})
-
-
-@contextmanager
-def _blaming(key: str) -> Iterator[None]:
-    """Errors of model.path are those of another key."""
-    try:
-        yield
-    except (ConfigError, CheckpointError) as error:
-        raise type(error)(str(error).replace("model.path=", f"{key}=", 1)) from None
 
 
 def check_world(config: RunConfig, world: World) -> None:
@@ -349,8 +370,11 @@ def with_adapters(run: Run) -> Run:
         rank_stabilized=settings.rank_stabilized,
         target_modules=settings.target_modules,
         seed=run.config.seed,
+        device=run.world.device,
     )
     for policy in policies if settings.path else []:
         bank.load(policy, Path(settings.path) / policy)
+    if group := group_of(run.model):
+        cut(run.model, group)
     engine = build_engine(run.config, run.model, run.tokenizer, run.other_models, run.shards, bank)
     return replace(run, bank=bank, engine=engine)

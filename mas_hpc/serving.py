@@ -48,6 +48,10 @@ def serve(run: Run, version: int = 0) -> Run:
     def make(policy: str) -> RolloutEngine:
         if policy:  # a model of its own, which is never trained
             own = model_folder(run.config.model.model_copy(update={"path": run.config.team.models[policy]}))
+            if own is None:
+                raise ConfigError(
+                    f"team.models.{policy}=tiny: it is built in code, and vLLM reads files; set rollout.engine=native"
+                )
             copies[policy] = vllm_engine(run.config, own, run.tokenizer, {})
         else:
             assert saved is not None

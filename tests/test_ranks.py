@@ -27,7 +27,7 @@ METHODS = {
     ),
     "grpo": ("method.tasks_per_step=8", "method.group_size=8", "method.kl.coefficient=0.1"),
 }
-MEASURED = ("phase", "rollout", "latency", "latency_p95")
+MEASURED = ("phase", "rollout", "latency", "latency_p95", "time", "memory", "tokens_per_s", "mfu")
 COUNTS = ("rollout/requests", "rollout/prompt_tokens", "rollout/decoded_tokens")
 """What is the same however the episodes are dealt out; how much is shared, and how fast it goes, is not."""
 TRAIN_ALL = """

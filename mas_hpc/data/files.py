@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mas_hpc.errors import DataError
+from mas_hpc.hub import folder_of
 
 Item = TypeVar("Item")
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -62,10 +63,20 @@ def read_rows(path: str, *, hub: bool = True) -> dict[str, list[Row]]:
     local = Path(path).expanduser()
     if local.is_dir():
         return {split: _read_split(local, split) for split in ("train", "test")}
-    looks_local = local.suffix in SUFFIXES or path.startswith((".", "/", "~")) or len(local.parts) > 2
-    if local.is_file() or looks_local or not hub:
+    if local.is_file() or _looks_local(path) or not hub:
         return {local.stem: list(_read_file(local, local.stem))}
     return _read_hub(path)
+
+
+def fetch(path: str) -> None:
+    """Bring a data set of the hub, if `path` names one, to this machine's caches. Raises DataError."""
+    local = Path(path).expanduser()
+    if not (local.exists() or _looks_local(path)):
+        _load_hub(path, refresh=True)
+
+
+def _looks_local(path: str) -> bool:
+    return Path(path).suffix in SUFFIXES or path.startswith((".", "/", "~")) or len(Path(path).parts) > 2
 
 
 def hold_out(
@@ -199,11 +210,19 @@ def _near_names(file: Path) -> str:
 
 
 def _read_hub(path: str) -> dict[str, list[Row]]:
+    splits = _load_hub(path)
+    chosen = [split for split in ("train", "test") if split in splits] or list(splits)[:1]
+    return {split: list(_numbered(splits[split], split, f"{path} ({split})")) for split in chosen}
+
+
+def _load_hub(path: str, *, refresh: bool = False) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+    """Splits by name, from the folder that the hub's cache has of it."""
     import datasets
 
     try:
-        names = datasets.get_dataset_config_names(path)
-        splits = datasets.load_dataset(path, "main" if "main" in names else None)
+        folder = str(folder_of(path, "dataset", refresh=refresh))
+        names = datasets.get_dataset_config_names(folder)
+        return datasets.load_dataset(folder, "main" if "main" in names else None)
     except (OSError, ValueError) as error:  # ConnectionError, DatasetNotFoundError, several configurations, ...
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -211,5 +230,3 @@ def _read_hub(path: str) -> dict[str, list[Row]]:
             "expected a folder with train.jsonl and test.jsonl, one jsonl, json or parquet file, or a hub name"
             + _near_names(Path(path))
         ) from None
-    chosen = [split for split in ("train", "test") if split in splits] or list(splits)[:1]
-    return {split: list(_numbered(splits[split], split, f"{path} ({split})")) for split in chosen}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -54,6 +54,13 @@ class Row:
         """Plain data for results.json, with the 95% Wilson interval."""
         low, high = wilson(sum(self.right), len(self.right))
         return {**asdict(self), "accuracy": self.accuracy, "low": low, "high": high, "num_questions": len(self.right)}
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> Row:
+        """What `to_json` gave."""
+        found = {field.name: record[field.name] for field in fields(Row)}
+        verdicts = {judge: VerdictBalance(**balance) for judge, balance in found["verdicts"].items()}
+        return Row(**found | {"right": tuple(found["right"]), "verdicts": verdicts})
 
 
 def team_row(traces: Sequence[Trace], *, phase: str, temperature: float, verdicts: dict[str, VerdictBalance]) -> Row:

@@ -18,8 +18,10 @@ from mas_hpc.credit_assignment.message_rewards import MessageRewardSettings, def
 from mas_hpc.data import trace_store
 from mas_hpc.data.value_store import ValueStore
 from mas_hpc.distributed.exchange import gather_lines
-from mas_hpc.engines import native_engine
+from mas_hpc.distributed.tensor_layers import digest_of_whole
+from mas_hpc.engines import build_engine, native_engine
 from mas_hpc.errors import ConfigError, DataError
+from mas_hpc.loading import load_other, sharing
 from mas_hpc.orchestration.episode import Play, Steps
 from mas_hpc.orchestration.replay import ValueFunction
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
@@ -31,7 +33,7 @@ from mas_hpc.phases.reward import load_reward_model
 from mas_hpc.rollout.engine import BASE_POLICY
 from mas_hpc.rollout.router import RoutedEngine
 from mas_hpc.rollouts import how_to_play
-from mas_hpc.run import Run, load_other, policy_version
+from mas_hpc.run import Run, policy_version
 from mas_hpc.training.reference import weights_digest
 from mas_hpc.types import Trace
 
@@ -125,22 +127,28 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
     run = _with_base(run, options)
     sampling = _sampling(run, selection.file)
     how = how_to_play(run, sampling, derive_seed(options.seed, "credit"))
-    mine = selection.traces[run.world.rank :: run.world.size]
-    scores = _scores(run, mine, options)
-    looks = options.method in OF_FAULTS
-    located = find_faults(run, mine, options.localizer, scores) if looks else Located(faults=[None] * len(mine))
+    numbers = range(run.players.rank, len(selection.traces), run.players.size)
+    mine = [selection.traces[number] for number in numbers]
+    of_all = _scores(run, selection.traces, options)
+    scores = [of_all[number] for number in numbers] if of_all else []
     store = ValueStore(run.folder / "credit", rank=run.world.rank)
     gather_lines(run.world, ["ready"])  # all have read the store before anybody adds to it
-    weights = weights_digest(run.model, *run.other_models.values())
-    games = [
-        replace(_game(run, trace, how, options, score, fault), outcomes=lambda subject: store.of(f"{subject} | {weights}"))
-        for trace, score, fault in zip(mine, scores or [()] * len(mine), located.faults, strict=True)
-    ]
-    requests = Counter(unparseable=located.unparseable)
-    found = _play(run, games, options, store, requests)
-    numbers = range(run.world.rank, len(selection.traces), run.world.size)
-    lines = [json.dumps({"number": number, **entry}) for number, entry in zip(numbers, found, strict=True) if entry]
-    gathered = [json.loads(line) for line in gather_lines(run.world, [*lines, json.dumps({"requests": requests})])]
+    weights = _weights(run)
+
+    def replay() -> list[str]:
+        looks = options.method in OF_FAULTS
+        located = find_faults(run, mine, options.localizer, scores) if looks else Located(faults=[None] * len(mine))
+        games = [
+            replace(_game(run, trace, how, options, score, fault), outcomes=lambda subject: store.of(f"{subject} | {weights}"))
+            for trace, score, fault in zip(mine, scores or [()] * len(mine), located.faults, strict=True)
+        ]
+        requests = Counter(unparseable=located.unparseable)
+        found = _play(run, games, options, store, requests)
+        lines = [json.dumps({"number": number, **entry}) for number, entry in zip(numbers, found, strict=True) if entry]
+        return [*lines, json.dumps({"requests": requests})]
+
+    lines = run.led(replay, encode=lambda lines: "", decode=lambda told: [])  # of those who lead, all ranks gather them
+    gathered = [json.loads(line) for line in gather_lines(run.world, lines)]
     records = {entry["number"]: entry for entry in gathered if "number" in entry}
     totals = sum((Counter(entry["requests"]) for entry in gathered if "requests" in entry), Counter())
     totals["known"] = len(set(gather_lines(run.world, store.used)))
@@ -148,6 +156,10 @@ def credit(run: Run, options: CreditOptions) -> dict[str, Any]:
     if run.world.is_first:
         write(run, options, selection, records, results)
     return results
+
+
+def _weights(run: Run) -> str:
+    return digest_of_whole(run.world, run.model, lambda: weights_digest(run.model, *run.other_models.values()))
 
 
 # ---- which traces
@@ -213,9 +225,14 @@ def _with_base(run: Run, options: CreditOptions) -> Run:
     if options.value != "replacement":
         return run
     if options.base:
-        model = load_other(run.config, options.base, run.tokenizer, "--base")
-        engine = native_engine(run.config, model, run.tokenizer)
+        share = sharing(run.config, run.strategy)
+        model = load_other(run.config, options.base, run.tokenizer, "--base", run.world.device, share)
         others = {**run.other_models, BASE_POLICY: model}
+        if share:
+            own = build_engine(run.config, run.model, run.tokenizer, others, run.shards, run.bank)
+            own.load(version=policy_version(run.folder))
+            return replace(run, engine=own, other_models=others)
+        engine = native_engine(run.config, model, run.tokenizer)
         return replace(run, engine=RoutedEngine(run.engine, {BASE_POLICY: engine}), other_models=others)
     if run.bank is None:
         raise ConfigError(

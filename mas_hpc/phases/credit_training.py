@@ -115,14 +115,18 @@ def _play(
     sampling = Sampling(temperature=run.config.rollout.temperature)
     how = how_to_play(run, sampling, derive_seed(run.config.seed, "credit", step))
     questions = list(dict.fromkeys(trace.task.id for trace in traces))
-    owner = {question: number % run.world.size for number, question in enumerate(questions)}
-    mine = [n for n, (number, _) in enumerate(targets) if owner[traces[number].task.id] == run.world.rank]
-    played = [(traces[targets[n][0]], targets[n][1]) for n in mine]
-    games = [(trace.task.id, _credit(run, trace, turn, how, settings)) for trace, turn in played]
+    owner = {question: number % run.players.size for number, question in enumerate(questions)}
+    mine = [n for n, (number, _) in enumerate(targets) if owner[traces[number].task.id] == run.players.rank]
     requests: Counter[str] = Counter()
-    found = play_games(run.engine, games, max_live=max(1, run.config.rollout.max_rows // 8), requests=requests)
+
+    def replay() -> list[str]:
+        played = [(traces[targets[n][0]], targets[n][1]) for n in mine]
+        games = [(trace.task.id, _credit(run, trace, turn, how, settings)) for trace, turn in played]
+        found = play_games(run.engine, games, max_live=max(1, run.config.rollout.max_rows // 8), requests=requests)
+        return [json.dumps([number, rewards]) for number, rewards in zip(mine, found, strict=True)]
+
+    lines = run.led(replay, encode=lambda lines: "", decode=lambda told: [])  # of those who lead, all ranks gather them
     run.serve_others()
-    lines = [json.dumps([number, rewards]) for number, rewards in zip(mine, found, strict=True)]
     rewards = dict(json.loads(line) for line in gather_lines(run.world, lines))
     costs = [json.loads(line) for line in gather_lines(run.world, [json.dumps(requests)])]
     metrics = {f"credit/{name}": float(sum(cost.get(name, 0) for cost in costs)) for name in ("asked", "sampled", "tokens")}

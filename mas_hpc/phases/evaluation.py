@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from mas_hpc.config import SFTConfig
+from mas_hpc.distributed.exchange import gather_lines
 from mas_hpc.evaluation import benchmark
 from mas_hpc.evaluation.metrics import VerdictBalance, noise_k
 from mas_hpc.evaluation.team_metrics import print_team, summary
@@ -22,6 +23,8 @@ from mas_hpc.rollouts import how_to_play, play_all, play_counted
 from mas_hpc.run import Run
 from mas_hpc.types import Task, Trace
 
+BEFORE = "before.json"
+"""Rows of the evaluation before training, in the run folder."""
 MAX_SAMPLES = 64
 """Most episodes a question that the noise can ask for."""
 
@@ -54,6 +57,19 @@ def evaluate(run: Run, phase: str) -> list[benchmark.Row]:
             rows.append(benchmark.first_speaker_row(traces, phase=phase, temperature=temperature))
         if settings.controls and temperature > 0:
             rows += controls(run, tasks, sampling, traces, team)
+    return rows
+
+
+def evaluate_before(run: Run) -> list[benchmark.Row]:
+    """The rows before training; those that are kept in the folder where training has begun before. Collective."""
+    file = run.folder / BEFORE
+    has_begun = run.position is not None and run.position.phase == "train" and file.is_file()
+    kept = gather_lines(run.world, [file.read_text(encoding="utf-8")] if has_begun and run.world.is_first else [])
+    if kept:
+        return [benchmark.Row.from_json(row) for row in json.loads(kept[0])]
+    rows = evaluate(run, "before")
+    if run.world.is_first:
+        file.write_text(json.dumps([row.to_json() for row in rows]), encoding="utf-8")
     return rows
 
 

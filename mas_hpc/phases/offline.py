@@ -9,9 +9,10 @@ from math import isnan
 
 from mas_hpc.config_methods import DPOConfig, OfflineMethod, ProcessRewardConfig, SFTConfig
 from mas_hpc.data.steps import first_error, first_error_f1
-from mas_hpc.distributed.ddp import DataParallel
+from mas_hpc.distributed.checkpoint_files import Phase
 from mas_hpc.models.heads import ScalarHead
 from mas_hpc.phases.examples import Source, build_source
+from mas_hpc.phases.keeping import Keeper
 from mas_hpc.phases.monitor import Monitor
 from mas_hpc.run import Run
 from mas_hpc.training.learner import Learner
@@ -23,37 +24,40 @@ from mas_hpc.training.reference import COLUMN, with_reference
 from mas_hpc.types import Sample
 
 
-def fit_offline_method(run: Run, method: OfflineMethod, phase: str) -> Network:
+def fit_offline_method(run: Run, method: OfflineMethod, phase: Phase) -> Network:
     """Train on the data that exists and return the network, with its scalar head if the method has one."""
     source = build_source(run, method, phase)
     objective = offline_objective(method)
     network = run.network(head=None if objective.logprob else ScalarHead(run.model.config.hidden_size, seed=run.config.seed))
+    noise_alpha = method.neftune_alpha if isinstance(method, SFTConfig) else 0.0
+    learner = Learner(network, run.strategy, method, noise_alpha=noise_alpha, timer=run.timer)
     if isinstance(method, DPOConfig):
-        source = with_references(run, source, network, method)
-    learner = Learner(
-        network, DataParallel(run.world), method, noise_alpha=method.neftune_alpha if isinstance(method, SFTConfig) else 0.0
-    )
-    measure = partial(held_out_metrics, run, network, learner, objective, source, method)
-    with Monitor(
-        run, phase, method.steps, title=method.kind, parameters=learner.trained, eval_every=method.eval_every,
+        source = with_references(run, source, network, learner, method)
+    measure = partial(held_out_metrics, run, learner, objective, source, method)
+    monitor = Monitor(
+        run, phase, method.steps, title=method.kind, weights=learner, eval_every=method.eval_every,
         held_out=measure if phase == "train" else None,
-    ) as monitor:  # fmt: skip
+    )  # fmt: skip
+    keeper = Keeper(run, phase, method.steps, {"policy": learner}, monitor)
+    start = keeper.restore()
+    with monitor:
         fit_offline(
-            batch=source.batch, learner=learner, objective=objective, log=monitor.log, look=monitor.look,
-            steps=range(method.steps),
+            batch=source.batch, learner=learner, objective=objective, log=monitor.log, look=monitor.look, keep=keeper.keep,
+            steps=range(start, method.steps),
         )  # fmt: skip
+    learner.publish(needed=run.world.is_first)
     return network
 
 
 def held_out_metrics(
-    run: Run, network: Network, learner: Learner, objective: Objective, source: Source, method: OfflineMethod
+    run: Run, learner: Learner, objective: Objective, source: Source, method: OfflineMethod
 ) -> Mapping[str, float]:
     """The objective's own metrics on held-out examples; for a PRM also how well it finds the first error (ProcessBench)."""
     samples = source.held_out()
     metrics = learner.evaluate(samples, objective)
     if not isinstance(method, ProcessRewardConfig):
         return metrics
-    scored = network.annotate(samples, run.world, column="score", read="score")
+    scored = learner.network.annotate(samples, run.strategy.world, column="score", read="score")
     pairs = [
         (first_error(found), first_error(judged, threshold=0.5))
         for found, judged in ((_at_steps(sample, "score"), _at_steps(sample, "label")) for sample in scored)
@@ -70,8 +74,11 @@ def _at_steps(sample: Sample, column: str) -> list[float]:
 # ---- DPO
 
 
-def with_references(run: Run, source: Source, network: Network, method: DPOConfig) -> Source:
-    """The samples of all steps with the log-probs of the policy as it is now, computed once or found on disk."""
+def with_references(run: Run, source: Source, network: Network, learner: Learner, method: DPOConfig) -> Source:
+    """The samples of all steps with the log-probs of the policy as it is now, computed once or found on disk.
+
+    The learner, which has taken no step, computes them: only there does every model have weights.
+    """
     kto = "kto" in method.losses
     if not kto and (method.reference_free or REFERENCE_FREE.issuperset(method.losses)):
         return source
@@ -79,7 +86,9 @@ def with_references(run: Run, source: Source, network: Network, method: DPOConfi
     mismatched = [_mismatched(samples) if kto else [] for samples in batches]
     distinct = {_identity(sample): sample for part in (*batches, *mismatched) for sample in part}
     with run.console.status(f"log-probabilities of the reference: {len(distinct)} samples"):
-        found = with_reference(list(distinct.values()), network, run.world, cache=run.folder.parent / ".reference")
+        annotate = partial(learner.network.annotate, world=run.strategy.world)
+        cache = run.folder.parent / ".reference"
+        found = with_reference(list(distinct.values()), network, run.world, cache=cache, annotate=annotate)
     known = {identity: sample.columns[COLUMN] for identity, sample in zip(distinct, found, strict=True)}
 
     def attach(samples: Sequence[Sample]) -> list[Sample]:
@@ -87,7 +96,7 @@ def with_references(run: Run, source: Source, network: Network, method: DPOConfi
 
     def ready(number: int) -> list[Sample]:
         samples = attach(batches[number])
-        return _with_kl(run, network, samples, attach(mismatched[number])) if kto else samples
+        return _with_kl(run, learner.network, samples, attach(mismatched[number])) if kto else samples
 
     return Source(batch=ready, held_out=lambda: ready(method.steps))
 
@@ -108,7 +117,7 @@ def _mismatched(samples: Sequence[Sample]) -> list[Sample]:
 
 def _with_kl(run: Run, network: Network, samples: list[Sample], mismatched: list[Sample]) -> list[Sample]:
     """The column kl: the mean over the whole batch of log pi - log pi_ref of mismatched completions, in nats."""
-    scored = network.annotate(mismatched, run.world, column="logprob", read="logprob")
+    scored = network.annotate(mismatched, run.strategy.world, column="logprob", read="logprob")
     gaps = [a - b for s in scored for a, b in zip(s.columns["logprob"], s.columns[COLUMN], strict=True) if not isnan(a)]
     kl = sum(gaps) / len(scored)
     return [replace(s, columns={**s.columns, "kl": (kl,) * len(s.completion_ids)}) for s in samples]

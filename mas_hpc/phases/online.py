@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,22 +21,23 @@ from mas_hpc.credit_assignment.grpo import grpo, informative_tasks
 from mas_hpc.credit_assignment.kl_control import MAX_ERROR, KLController
 from mas_hpc.credit_assignment.shaping import token_rewards
 from mas_hpc.data import trace_store
-from mas_hpc.distributed.ddp import DataParallel
+from mas_hpc.distributed.checkpoints import Part, Saved, State
 from mas_hpc.errors import ConfigError
 from mas_hpc.models.heads import ScalarHead
 from mas_hpc.orchestration.sampling import Sampling, derive_seed
 from mas_hpc.phases.batch import Batch, batch_metrics, print_completions, sampled_tokens, with_credit
 from mas_hpc.phases.credit_training import with_credit_weights, with_sibling_credit
 from mas_hpc.phases.examples import training_tasks
+from mas_hpc.phases.keeping import Keeper
 from mas_hpc.phases.monitor import Monitor
 from mas_hpc.phases.reward import load_reward_model, read_card, rewarded
 from mas_hpc.rollouts import how_to_play, play_all, play_counted
 from mas_hpc.run import Run
 from mas_hpc.serving import push
-from mas_hpc.training.learner import Learner
+from mas_hpc.training.learner import Learner, in_lockstep
 from mas_hpc.training.losses.kl import kl_estimate
 from mas_hpc.training.methods import policy_objective
-from mas_hpc.training.network import Network
+from mas_hpc.training.network import Network, TreeModule
 from mas_hpc.training.online import Minibatch, Online, fit_online
 from mas_hpc.training.share import Totals
 from mas_hpc.types import Sample, Trace, Turn
@@ -46,16 +46,21 @@ from mas_hpc.types import Sample, Trace, Turn
 def fit_online_method(run: Run, method: OnlineMethod) -> Network:
     """Collect, credit, learn and push, `method.steps` times; returns the trained network."""
     trainer = Trainer(run, method)
-    with Monitor(
-        run, "train", method.steps, title=method.kind, parameters=trainer.learner.trained, eval_every=method.eval_every,
+    monitor = Monitor(
+        run, "train", method.steps, title=method.kind, weights=trainer.learner, eval_every=method.eval_every,
         held_out=trainer.held_out if method.eval_every else None, best="accuracy",
-    ) as monitor:  # fmt: skip
+    )  # fmt: skip
+    keeper = Keeper(run, "train", method.steps, trainer.parts, monitor)
+    start = keeper.restore()
+    if start:
+        trainer.push(start)
+    with monitor:
         loop = Online(
-            collect=trainer.collect, credit=trainer.credit, learn=trainer.learn, log=monitor.log, look=monitor.look,
-            push=partial(push, run),
+            collect=run.timer.timed("rollout", trainer.collect), credit=run.timer.timed("reward", trainer.credit),
+            learn=trainer.learn, log=monitor.log, look=monitor.look, keep=keeper.keep, push=trainer.push,
         )  # fmt: skip
-        fit_online(loop, range(method.steps))
-    push(run, method.steps + 1)  # the best weights may not be the last
+        fit_online(loop, range(start, method.steps))
+    trainer.push(method.steps + 1)  # the best weights may not be the last
     return trainer.network
 
 
@@ -115,31 +120,59 @@ class Trainer:
     """What one online method keeps from step to step: policy, critic, reference, KL coefficient and moving averages."""
 
     def __init__(self, run: Run, method: OnlineMethod) -> None:
-        self.run, self.method, strategy = run, method, DataParallel(run.world)
-        if run.resumes and run.world.is_first:  # training starts over, and so does its record
-            (run.folder / "traces" / "train.jsonl").unlink(missing_ok=True)
+        self.run, self.method = run, method
         critic = method.critic if isinstance(method, PPOConfig) else None
         head = ScalarHead(run.model.config.hidden_size, seed=run.config.seed) if critic else None
         self.reward_model = load_reward_model(run, method.reward_model) if method.reward_model else None
-        self.reference = self._reference() if method.kl.coefficient else None
         self.network = run.network(head=head if critic == "shared" else None, temperature=run.config.rollout.temperature)
-        self.critic = replace(run.network(head=head), model=deepcopy(run.model)) if critic == "separate" else self.network
+        frozen = self.network.copy() if method.kl.coefficient and not run.bank else None
+        separate = run.network(head=head).copy() if critic == "separate" else None
         self.updates = method.updates_per_batch * method.minibatches
-        self.learner = Learner(self.network, strategy, method, updates_per_batch=self.updates)
+        self.learner = Learner(self.network, run.strategy, method, updates_per_batch=self.updates, timer=run.timer)
+        self.policy = self.critic = self.learner.network
+        self.reference = self._reference(frozen) if method.kl.coefficient else None
         self.critic_learner = None
-        if isinstance(method, PPOConfig) and critic == "separate":
+        if isinstance(method, PPOConfig) and separate:
             optimization = method.model_copy(update={"learning_rate": method.critic_learning_rate})
-            self.critic_learner = Learner(self.critic, strategy, optimization, updates_per_batch=self.updates)
+            self.critic_learner = Learner(separate, run.strategy, optimization, updates_per_batch=self.updates, timer=run.timer)
+            self.critic = self.critic_learner.network
         self.kl = KLController(
             coefficient=method.kl.coefficient, target=method.kl.target or None, horizon=method.kl.horizon
         )  # fmt: skip
         self.coefficient = self.kl.coefficient  # of the batch that is being learnt from
         self.baselines: dict[str, float] = {}
 
-    def _reference(self) -> Network:
+    def _reference(self, frozen: Network | None) -> Network:
         """The policy as it is now: a frozen copy, or the base model under the adapters."""
-        network = self.run.network(temperature=self.run.config.rollout.temperature)
-        return network if self.run.bank else replace(network, model=deepcopy(self.run.model).requires_grad_(False))
+        if frozen is None:
+            return self.policy
+        frozen.model.requires_grad_(False)
+        strategy = self.run.strategy
+        return in_lockstep(frozen, strategy.freeze(TreeModule(frozen.model, None)), strategy)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint holds."""
+        critic = {"critic": self.critic_learner} if self.critic_learner else {}
+        return {"policy": self.learner, **critic, "method": self}
+
+    def state(self) -> State:
+        """What carries over from step to step beside the learners."""
+        return State(
+            record={"kl": self.kl.coefficient, "coefficient": self.coefficient, "baselines": dict(self.baselines)}
+        )  # fmt: skip
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from a checkpoint."""
+        record = saved.record
+        self.kl = replace(self.kl, coefficient=record["kl"])
+        self.coefficient, self.baselines = record["coefficient"], record["baselines"]
+
+    def push(self, version: int) -> None:
+        """Serve the weights that were trained as `version` from now on. Collective."""
+        with self.run.timer.part("sync"):
+            self.learner.publish()
+            push(self.run, version)
 
     # ---- collect
 
@@ -161,12 +194,14 @@ class Trainer:
         tasks = Random(derive_seed(run.config.seed, "tasks", *names)).sample(training_tasks(run), k=num_tasks)
         how = how_to_play(run, _sampling(run, method), derive_seed(run.config.seed, "train", *names))
         played = play_counted(run, tasks, how, label="train", step=step, keep=False, bar=False)
-        traces, steps = rewarded(run, played.traces, method, self.reward_model)
+        with run.timer.part("reward"):
+            traces, steps = rewarded(run, played.traces, method, self.reward_model)
         outcomes = [_outcome(run, trace) for trace in traces]
         costs: Mapping[str, float] = {}
         if _replays(method, "sibling"):
             assert isinstance(method, GroupConfig)
-            traces, costs = with_sibling_credit(run, traces, method, step)
+            with run.timer.part("reward"):
+                traces, costs = with_sibling_credit(run, traces, method, step)
         tokens = sampled_tokens(traces) + costs.get("credit/tokens", 0.0)
         return Batch(
             step=step, traces=traces, outcomes=outcomes, steps=steps, credit=costs, tokens=tokens, account=played.account
@@ -187,7 +222,7 @@ class Trainer:
         if isinstance(self.method, PPOConfig) or _by_token(self.method):
             samples, credited = self._token_advantages(batch, samples, credited)
         if self.updates > 1 and self.method.mismatch != "none":
-            samples = self.network.annotate(samples, self.run.world, column="old_logprob", read="logprob")
+            samples = self.policy.annotate(samples, self.run.strategy.world, column="old_logprob", read="logprob")
         if self.run.world.is_first:
             trace_store.write(self.run.folder / "traces" / "train.jsonl", credited)
             if batch.step in (0, self.method.steps // 2, self.method.steps - 1):
@@ -233,7 +268,7 @@ class Trainer:
         if self.reference is None or not samples:
             return samples, {}
         samples = self.reference.annotate(
-            samples, self.run.world, column="reference_logprob", read="logprob", base=self.run.bank is not None
+            samples, self.run.strategy.world, column="reference_logprob", read="logprob", base=self.run.bank is not None
         )  # fmt: skip
         kl = fmean(float(_kl_of(sample, "k1").sum()) for sample in samples)
         metrics = {"kl/sequence": kl, "kl/coefficient": self.kl.coefficient}
@@ -249,7 +284,7 @@ class Trainer:
             steps = {turn.id: steps[turn.id] for turn in answers if turn and turn.id in steps}
         rewards = [self._rewards(sample, steps.get(sample.id)) for sample in samples]
         if isinstance(method, PPOConfig):
-            samples = self.critic.annotate(samples, self.run.world, column="old_value", read="score")
+            samples = self.critic.annotate(samples, self.run.strategy.world, column="old_value", read="score")
             samples = with_advantages(
                 samples, keys, rewards, gamma=method.discount, lam=method.gae_lambda, whitened=method.whiten_advantages
             )  # fmt: skip

@@ -95,10 +95,10 @@ def load_reward_model(run: Run, path: str) -> RewardModel:
     """Read a trained reward model. Raises ConfigError for another vocabulary, CheckpointError for a folder that is none."""
     folder = Path(path)
     card = read_card(folder)
-    model, tokenizer = load_model(ModelConfig(path=path, dtype=run.config.model.dtype), seed=0)
+    model, tokenizer = load_model(ModelConfig(path=path, dtype=run.config.model.dtype), seed=0, device=run.world.device)
     if tokenizer.get_vocab() != run.tokenizer.get_vocab():
         raise ConfigError(f"method.reward_model={path!r}: its vocabulary is not that of model.path={run.config.model.path!r}")
-    head = ScalarHead.load(folder, model.config.hidden_size)
+    head = ScalarHead.load(folder, model.config.hidden_size).to(run.world.device)
     network = Network(model=model.requires_grad_(False), head=head, max_tree_tokens=run.config.model.max_tree_tokens)
     return RewardModel(network=network, reads="steps" if card["reads"] == "steps" else "answer", separator=card["separator"])
 

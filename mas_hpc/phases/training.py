@@ -6,12 +6,14 @@ import json
 from dataclasses import replace
 
 from mas_hpc.config_methods import OfflineConfig, ProcessRewardConfig, RewardModelConfig
+from mas_hpc.distributed.tensor_layers import group_of
+from mas_hpc.loading import sharing
 from mas_hpc.phases import online
 from mas_hpc.phases.offline import fit_offline_method
 from mas_hpc.phases.reward import save_card, step_separator
 from mas_hpc.run import Run, with_adapters
 from mas_hpc.serving import push, serve
-from mas_hpc.training.checkpoint import save
+from mas_hpc.training.export import save
 from mas_hpc.training.network import Network
 
 
@@ -31,15 +33,29 @@ def warm_up(run: Run) -> Run:
 
 def keep(run: Run) -> Run:
     """Save what the warm start trained, so that the traces that follow can be replayed; the run itself."""
-    if run.world.is_first and run.config.warm_start and run.config.warm_start.steps:
+    if run.config.warm_start and run.config.warm_start.steps:
         _save(run, run.network())
     return run
 
 
 def _save(run: Run, network: Network) -> None:
+    """Collective."""
+    network = _whole(run, network)
+    if not run.world.is_first:
+        return
     warm_start = run.config.warm_start
     trained = warm_start is not None and warm_start.steps > 0
     save(run.folder, network, run.tokenizer, base_model=run.config.model.path, base_trained=trained)
+
+
+def _whole(run: Run, network: Network) -> Network:
+    """On the first rank the network with all weights, on the host where the ranks of a tensor group have parts of it."""
+    share = sharing(run.config, run.strategy) if group_of(network.model) else None
+    if share is None or share.group_number:
+        return network
+    gathered = ((name, tensor.to("cpu", copy=True)) for name, tensor in share.make_whole(network.model))
+    weights = {name: tensor for name, tensor in gathered if run.world.is_first}
+    return network.copy(weights) if run.world.is_first else network
 
 
 def train(run: Run) -> None:
@@ -50,8 +66,8 @@ def train(run: Run) -> None:
         push(run, 1)
     else:
         network = replace(online.fit_online_method(run, method), head=None)  # the critic's work is done
+    _save(run, network)
     if run.world.is_first:
-        _save(run, network)
         version = 1 if isinstance(method, OfflineConfig) else method.steps + 1
         (run.folder / "policy_version.json").write_text(json.dumps(version), encoding="utf-8")
         if isinstance(method, RewardModelConfig | ProcessRewardConfig):

@@ -14,10 +14,11 @@ Log = Callable[[int, Mapping[str, float]], None]
 
 def fit_offline(
     *, batch: Callable[[int], Sequence[Sample]], learner: Learner, objective: Objective, log: Log, steps: range,
-    look: Callable[[int], None],
+    look: Callable[[int], None], keep: Callable[[int], None],
 ) -> None:  # fmt: skip
-    """Train on `batch(step)` for every step, then let `look` evaluate and keep the best; counts are those of the batch."""
+    """Train on `batch(step)` for every step, let `look` evaluate and `keep` take checkpoints; counts are those of the batch."""
     for step in steps:
         samples = batch(step)
         log(step, learner.update(samples, objective, Totals.of(samples)))
         look(step)
+        keep(step)

@@ -25,7 +25,8 @@ class Minibatch:
 class Online(Generic[Collected]):
     """The verbs of the loop, in time order.
 
-    `learn` takes one minibatch and returns its metrics; `push` serves the new weights as a version; `look` evaluates.
+    `learn` takes one minibatch and returns its metrics; `push` serves the new weights as a version; `look` evaluates; `keep`
+    takes checkpoints.
     """
 
     collect: Callable[[int], Collected]
@@ -34,6 +35,7 @@ class Online(Generic[Collected]):
     push: Callable[[int], object]
     log: Log
     look: Callable[[int], None]
+    keep: Callable[[int], None]
 
 
 def fit_online(loop: Online[Collected], steps: range) -> None:
@@ -44,13 +46,18 @@ def fit_online(loop: Online[Collected], steps: range) -> None:
         loop.push(step + 1)
         loop.log(step, {**metrics, **mean(learned)})
         loop.look(step)
+        loop.keep(step)
+
+
+COUNTED = ("skipped_steps", "restored")
+"""Metrics of a step, of the policy or of critic/..., that are added up."""
 
 
 def mean(learned: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean over optimizer steps of each metric; extremes stay extremes."""
+    """The mean over optimizer steps of each metric; extremes stay extremes, and what is counted is counted."""
     joined: dict[str, float] = {}
     for name in dict.fromkeys(name for metrics in learned for name in metrics):
         values = [metrics[name] for metrics in learned if name in metrics]
-        pick = max if name.endswith("/max") else min if name.endswith("/min") else None
+        pick = max if name.endswith("/max") else min if name.endswith("/min") else sum if name.endswith(COUNTED) else None
         joined[name] = pick(values) if pick else sum(values) / len(values)
     return joined

@@ -5,35 +5,46 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mas_hpc.distributed.exchange import gather_lines
+from mas_hpc.distributed.tensor_layers import digest_of_whole
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import CheckpointError
+from mas_hpc.models.skeleton import saved_tensors
 from mas_hpc.training.network import Network
 from mas_hpc.types import Sample
 
 COLUMN = "reference_logprob"
+Annotate = Callable[..., list[Sample]]
+"""Network.annotate of certain ranks."""
 
 
-def with_reference(samples: Sequence[Sample], network: Network, world: World, *, cache: Path) -> list[Sample]:
+def with_reference(
+    samples: Sequence[Sample], network: Network, world: World, *, cache: Path, annotate: Annotate | None = None
+) -> list[Sample]:  # fmt: skip
     """Give every sample the column reference_logprob under the network's present weights (DPO's reference policy).
 
     The file in `cache` is named by a hash of the weights, the samples' tokens and their layout, so that it can only be
-    found again for the same numbers. Collective. Raises CheckpointError for a damaged file.
+    found again for the same numbers. `annotate` computes them where the network itself does not. Collective.
+    Raises CheckpointError for a damaged file.
     """
-    file = cache / f"{_digest(samples, network)}.safetensors"
+    digest = digest_of_whole(world, network.model, lambda: _digest(samples, network))
+    file = cache / f"{digest}.safetensors"
     if all(line == "found" for line in gather_lines(world, ["found" if file.is_file() else "absent"])):
         return _attach(samples, _read(file, samples))
-    annotated = network.annotate(samples, world, column=COLUMN, read="logprob")
+    annotate = annotate or partial(network.annotate, world=world)
+    annotated = annotate(samples, column=COLUMN, read="logprob")
     if world.is_first:
         cache.mkdir(parents=True, exist_ok=True)
         values = torch.tensor([value for sample in annotated for value in sample.columns[COLUMN]], dtype=torch.float64)
@@ -45,7 +56,8 @@ def with_reference(samples: Sequence[Sample], network: Network, world: World, *,
 
 def _digest(samples: Sequence[Sample], network: Network) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    _add_weights(digest, network.model)
+    model, source = network.model, network.source
+    _add_weights(digest, saved_tensors(model, source) if source else sorted(model.state_dict().items()))
     digest.update(json.dumps(_layout(network), default=str).encode())
     for sample in samples:
         masked = [int(trained) for trained in sample.loss_mask]
@@ -58,12 +70,12 @@ def weights_digest(*models: PreTrainedModel) -> str:
     """Names the weights, adapters included, by their bytes."""
     digest = hashlib.blake2b(digest_size=8)
     for model in models:
-        _add_weights(digest, model)
+        _add_weights(digest, sorted(model.state_dict().items()))
     return digest.hexdigest()
 
 
-def _add_weights(digest: hashlib.blake2b, model: PreTrainedModel) -> None:
-    for name, tensor in sorted(model.state_dict().items()):
+def _add_weights(digest: hashlib.blake2b, weights: Iterable[tuple[str, Tensor]]) -> None:
+    for name, tensor in weights:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 

@@ -19,6 +19,7 @@ from mas_hpc.data import trace_store
 from mas_hpc.models.load import load_model
 from mas_hpc.orchestration.replay import replay
 from mas_hpc.orchestration.sampling import Sampling
+from tests.distributed.launch import run_ranks
 from tests.phases.conftest import NUM_TASKS, ROOT, opened, rollout
 
 
@@ -94,6 +95,21 @@ def test_a_process_reward_model_credits_every_message(cli, folder: Path, prm: Pa
     assert code == 0, err
     for trace in trace_store.read(folder / "traces" / "credit-process_reward.jsonl"):
         assert all(turn.credit is not None and 0 < turn.credit < 1 for turn in trace.path)
+
+
+@pytest.mark.slow
+def test_two_ranks_read_a_process_reward_model_as_one_does(cli, folder: Path, prm: Path) -> None:
+    words = ("--method", "process_reward", "--reward-model", str(prm))
+
+    def credits() -> dict[tuple[str, str], float]:
+        traces = trace_store.read(folder / "traces" / "credit-process_reward.jsonl")
+        return {(trace.task.id, turn.id): turn.credit for trace in traces for turn in trace.path}
+
+    assert cli(folder, *words)[0] == 0
+    expected = credits()
+    done = run_ranks("torchrun", 2, "-m", "mas_hpc", "credit", str(folder), *words)
+    assert done.returncode == 0, done.stderr
+    assert credits() == pytest.approx(expected, rel=1e-5) and len(set(expected.values())) > 1
 
 
 def test_adapters_come_off_for_agents_that_are_replaced(cli, runs: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def make_run(tokenizer, behaviour) -> SimpleNamespace:
     engine = ScriptedEngine(lambda request: behaviour(request, tokenizer), tokenizer)
     return SimpleNamespace(
         config=config, team=team, engine=engine, judge=VerifiableJudge(), world=World(), other_models={},
-        serve_others=lambda: None,
+        serve_others=lambda: None, players=World(), led=lambda work, encode, decode: work(),
     )  # fmt: skip
 
 

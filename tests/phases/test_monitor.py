@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,20 @@ def run(tmp_path: Path) -> Run:
     return replace(built, console=Console(file=io.StringIO(), width=120))
 
 
+class Counter:
+    """One weight, as a learner would hold it."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        self.weight = weight
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {"weight": self.weight.detach().clone()}
+
+    @torch.no_grad()
+    def put_back(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.weight.copy_(weights["weight"])
+
+
 def train(run: Run, values: list[float], *, eval_every: int, best: str = "-loss") -> tuple[float, list[int]]:
     """A weight that counts the steps; `values` is the held-out metric after each of them, first before any."""
     weight, looked = torch.nn.Parameter(torch.zeros(1)), []
@@ -36,7 +51,7 @@ def train(run: Run, values: list[float], *, eval_every: int, best: str = "-loss"
 
     steps = len(values) - 1
     with Monitor(
-        run, "train", steps, title="t", parameters=[weight], held_out=held_out, eval_every=eval_every, best=best
+        run, "train", steps, title="t", weights=Counter(weight), held_out=held_out, eval_every=eval_every, best=best
     ) as monitor:
         for step in range(steps):
             with torch.no_grad():
@@ -84,7 +99,9 @@ def test_every_step_and_every_look_is_a_line(run: Run) -> None:
 
 def test_an_error_ends_the_phase_as_it_is(run: Run) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
-    monitor = Monitor(run, "train", 2, title="t", parameters=[weight], held_out=lambda: {"loss": weight.item()}, eval_every=1)
+    monitor = Monitor(
+        run, "train", 2, title="t", weights=Counter(weight), held_out=lambda: {"loss": weight.item()}, eval_every=1
+    )
     with pytest.raises(KeyboardInterrupt), monitor:
         with torch.no_grad():
             weight += 1
@@ -96,3 +113,15 @@ def test_an_error_ends_the_phase_as_it_is(run: Run) -> None:
 def test_about_ten_lines_reach_the_console(run: Run) -> None:
     train(run, [1.0] * 51, eval_every=0)
     assert shown(run).count("/50  loss") == 10
+
+
+def test_skipped_updates_of_policy_and_critic_are_said(run: Run) -> None:
+    nan = float("nan")
+    with Monitor(run, "train", 20, title="t") as monitor:
+        monitor.log(2, {"loss": nan, "grad_norm": nan, "skipped_steps": 1.0, "restored": 1.0})
+        monitor.log(
+            3, {"loss": 1.0, "grad_norm": 1.0, "critic/loss": nan, "critic/grad_norm": nan, "critic/skipped_steps": 2.0}
+        )
+    policy, critic = shown(run).split("train 4/20: ")
+    assert "train 3/20: loss nan, gradient norm nan: 1 of the step's updates skipped; weights and optimizer went" in policy
+    assert "critic/loss nan, gradient norm nan: 2 of the step's updates skipped" in critic and "went back" not in critic

@@ -24,10 +24,11 @@ from mas_hpc.distributed.tickets import open_tickets
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import ConfigError, DataError, RolloutError
 from mas_hpc.orchestration.sampling import Sampling
+from mas_hpc.resume import check_resumable
 from mas_hpc.rollout.engine import Request
 from mas_hpc.rollout.scripted import ScriptedEngine
 from mas_hpc.rollouts import Played, finished, how_to_play, play_all, play_counted
-from mas_hpc.run import Run, build, check_resumable, claim_folder, write_config
+from mas_hpc.run import Run, build, claim_folder, write_config
 from mas_hpc.training.log import MetricsLog
 from mas_hpc.types import Task, Trace
 from tests.phases.conftest import QUICKSTART, opened

@@ -16,8 +16,9 @@ from mas_hpc.config_file import load_config
 from mas_hpc.data import trace_store
 from mas_hpc.distributed.world import World
 from mas_hpc.errors import ConfigError, LaunchError
+from mas_hpc.loading import place_models
 from mas_hpc.models.load import count_parameters, load_model
-from mas_hpc.run import build, place_models
+from mas_hpc.run import build
 from mas_hpc.teams import served_models
 from mas_hpc.types import Trace
 

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from mas_hpc.distributed.ddp import DataParallel
 from mas_hpc.distributed.world import World
 from mas_hpc.models.attention import prepare
 from mas_hpc.types import Sample
@@ -81,11 +82,11 @@ def make_samples() -> Callable[..., list[Sample]]:
     return make
 
 
-class LoneRank:
+class LoneRank(DataParallel):
     """A strategy as one of several ranks sees it, but for the others: it keeps what would have been gathered."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.world = World(rank=rank, size=size)
+        super().__init__(World(rank=rank, size=size))
         self.gathered: list[dict[str, list[float]]] = []
 
     def sum_gradients(self, parameters: Sequence[Parameter]) -> None:

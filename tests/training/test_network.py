@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mas_hpc_kernels import linear_logprob
+from mas_hpc_kernels import KernelError, linear_logprob
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -296,6 +296,12 @@ def test_a_head_that_is_more_than_a_matrix_is_refused():
         pytest.raises(ConfigError, match="a bias"),
         Network(model=model).run(pack([sample((1,), (2,))], adapters={}, scope="sequence")),
     ):
+        pass
+
+
+def test_the_named_kernels_are_those_that_compute():
+    tree = pack([sample((1,), (2,))], adapters={}, scope="sequence")
+    with pytest.raises(KernelError, match="triton"), Network(model=prepare(build("llama")), kernels="triton").run(tree):
         pass
 
 

@@ -16,6 +16,7 @@ from mas_hpc.errors import DataError
 from mas_hpc.evaluation.report import headline, plots
 from mas_hpc.evaluation.report.run_folder import CreditSummary, RunFolder, TraceFile, read_run
 from mas_hpc.evaluation.report.sampling import is_cost_alone, sampled
+from mas_hpc.evaluation.report.step_time import colour, stacked, step_times
 from mas_hpc.types import Trace, Turn
 
 TRACES_PER_FILE = 40
@@ -56,6 +57,9 @@ def render(run: RunFolder) -> str:
         sentences=headline.sentences(run.results) or headline.held_out(run.metrics),
         charts=charts,
         sampled=sampled(run.metrics),
+        step_times=step_times(run.metrics),
+        stacked=stacked,
+        colour=colour,
         phase_title=lambda phase: PHASES.get(phase, phase),
         credit=[_credit(summary) for summary in run.credit],
         shown=[(file.name, len(shown[file.name]), file.total) for file in run.trace_files],

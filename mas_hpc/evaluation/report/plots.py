@@ -32,6 +32,9 @@ TITLES = {
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
     "tokens": "Tokens",
+    "tokens_per_s": "Trained tokens a second",
+    "mfu": "Model FLOP use",
+    "memory": "Memory at its highest (MiB)",
     "latency": "Mean latency of a request (s)",
     "latency_p95": "95th percentile of the latency (s)",
     "sampled_tokens": "Tokens of rollout",
@@ -53,7 +56,7 @@ OF_ROLLOUT = {
     "tokens_per_s": "speed",
 }
 """Charts of metrics rollout/<name>, which have several units; others are left to the table."""
-PARTS = ("seconds", "sampled_tokens", "batch", "speed")
+PARTS = ("seconds", "sampled_tokens", "batch", "speed", "memory")
 """Charts whose lines are parts of something, not agents: they have colours of their own."""
 Points = tuple[tuple[int, float], ...]
 Scale = Callable[[float], float]
@@ -92,6 +95,8 @@ def panels(lines: Sequence[MetricLine]) -> tuple[Panel, ...]:
     for line in lines:
         for key, value in line.values.items():
             kind, _, name = key.partition("/")
+            if kind == "time":  # drawn by step_time
+                continue
             if kind == "rollout":
                 if name not in OF_ROLLOUT:
                     continue

@@ -13,7 +13,7 @@ from mas_hpc.distributed.world import World
 from mas_hpc.models.adapters import AdapterBank
 from mas_hpc.models.heads import ScalarHead
 from mas_hpc.models.load import load_model
-from mas_hpc.training.checkpoint import save
+from mas_hpc.training.export import save
 from mas_hpc.training.network import Network
 from mas_hpc.types import Sample
 
