@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from mas_hpc_kernels import KernelError, linear_logprob
+from mas_hpc_kernels.chunked import product_dtype
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -204,7 +205,8 @@ def test_g8_bfloat16_logits_are_normalised_in_float32():
     weight_VD = torch.randn(40, 16, generator=generator).bfloat16()
     logprob_N, entropy_N = linear_logprob(hidden_ND, weight_VD, torch.arange(5))
     assert (logprob_N.dtype, entropy_N.dtype) == (torch.float32, torch.float32)
-    expected = (hidden_ND @ weight_VD.T).float().log_softmax(-1)
+    dtype = product_dtype(torch.bfloat16, torch.device("cpu"))  # float32 where the CPU has no instructions for bfloat16
+    expected = (hidden_ND.to(dtype) @ weight_VD.to(dtype).T).float().log_softmax(-1)
     torch.testing.assert_close(logprob_N, expected[torch.arange(5), torch.arange(5)], rtol=0, atol=1e-6)
     assert not torch.equal(logprob_N, logprob_N.bfloat16().float())
 
