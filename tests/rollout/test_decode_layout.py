@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mas_hpc.rollout.native import row_products
 from mas_hpc.rollout.native.decode_attention import DecodeAttention
 from mas_hpc.rollout.native.decode_layout import LENGTH_SLACK_TOKENS, WORTH_SHARING, lay_out
 from mas_hpc.rollout.native.kv_pool import KVPool, KVShape
 from mas_hpc.rollout.native.kv_tree import KVTree, Node, path_keys
-from mas_hpc.rollout.native.tails import TURNED_WIDTH
 
 LAYERS, HEADS, QUERIES, DIM = 2, 2, 3, 4
 SHAPE = KVShape(layers=LAYERS, heads=HEADS, dim=DIM, dtype=torch.float64, device=torch.device("cpu"))
@@ -71,9 +71,11 @@ class Batch:
         return ((query_KQD @ key_KTD.mT * 0.5).softmax(-1) @ value_KTD).flatten(0, 1)
 
 
-@pytest.fixture
-def batch() -> Batch:
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
+def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Batch:
+    """With products of either kind."""
     torch.manual_seed(0)
+    monkeypatch.setattr(row_products, "is_suited", lambda like: request.param)
     return Batch()
 
 
@@ -81,7 +83,7 @@ def batch() -> Batch:
 def test_rows_that_come_and_go_attend_to_their_own_keys(batch: Batch, seed: int) -> None:
     draw = random.Random(seed)
     stem = [draw.randrange(1, 9) for _ in range(draw.choice([1, 20, WORTH_SHARING]))]
-    sizes = draw.choice([(1, 5), (20, 60), (TURNED_WIDTH, 2 * TURNED_WIDTH)])
+    sizes = draw.choice([(1, 5), (20, 60), (64, 128)])
     contexts = [
         batch.context(*stem, *(draw.randrange(1, 9) for _ in range(draw.randint(*sizes)))) for _ in range(draw.choice([3, 12]))
     ]

@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from mas_hpc.prefix_tree import IntArray
+from mas_hpc.rollout.native import row_products
 from mas_hpc.rollout.native.kv_pool import KVPool, KVShape
 
 CAPACITY_STEP = 32
 """Columns that tails have to spare at most, and grow by when they are full: a copy every so many steps."""
-TURNED_WIDTH = 64
-"""Columns from which values lie as [D, C]: weights times values take a third less time then; for fewer columns, more."""
-UNEVEN = 128
-"""Of a matrix whose rows are a multiple of so many elements apart, all rows compete for a few lines of the cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,6 +44,7 @@ class Tails:
     def __init__(self, sources: Sequence[Source], pool: KVPool, *, spare: int) -> None:
         self.width = max(map(len, sources))
         self._shape = pool.shape
+        self._is_compiled = row_products.is_suited(pool.shape)
         self._nothing = torch.zeros(1, 1, 1, dtype=pool.shape.dtype, device=pool.shape.device)
         self._key_LBKCD, self._value_LBKCD = _buffers(pool.shape, len(sources), self.width + spare)
         self._start_B = [0] * len(sources)
@@ -121,28 +119,37 @@ class Tails:
 
     def scores(self, layer: int, query_NQD: Tensor, scaling: float) -> Tensor:
         """Products with the keys, [N, Q, W]; -inf in columns before a row's."""
-        key_NWD = self._flat_L[layer][0].narrow(1, self._first, self.width - self._first)
+        width, key_NCD = self.width - self._first, self._flat_L[layer][0]
+        if self._is_compiled:
+            score_NQW = query_NQD.new_empty(*query_NQD.shape[:2], width)
+            query = query_NQD.contiguous().numpy()
+            factor = query.dtype.type(scaling)
+            row_products.scores(query, key_NCD.numpy(), self._start_N, self._first, factor, score_NQW.numpy())
+            return score_NQW
+        key_NWD = key_NCD.narrow(1, self._first, width)
         if self._bias_N1C is None:
             return torch.baddbmm(self._nothing, query_NQD, key_NWD.mT, beta=0, alpha=scaling)
-        bias_N1W = self._bias_N1C.narrow(2, self._first, self.width - self._first)
-        return torch.baddbmm(bias_N1W, query_NQD, key_NWD.mT, alpha=scaling)
+        return torch.baddbmm(self._bias_N1C.narrow(2, self._first, width), query_NQD, key_NWD.mT, alpha=scaling)
 
     def weigh(self, layer: int, weight_NQW: Tensor) -> Tensor:
         """Weighted sums of the values, [N, Q, D]."""
-        value_NWD = self._flat_L[layer][1].narrow(1, self._first, self.width - self._first)
-        if self._is_turned:
-            return torch.bmm(value_NWD.mT, weight_NQW.mT).mT
-        return torch.bmm(weight_NQW, value_NWD)
+        value_NCD = self._flat_L[layer][1]
+        if self._is_compiled:
+            sum_NQD = weight_NQW.new_empty(*weight_NQW.shape[:2], value_NCD.shape[2])
+            weight = weight_NQW.contiguous().numpy()
+            row_products.weigh(weight, value_NCD.numpy(), self._start_N, self._first, sum_NQD.numpy())
+            return sum_NQD
+        return torch.bmm(weight_NQW, value_NCD.narrow(1, self._first, self.width - self._first))
 
     def _lay(self) -> None:
         """Prepare what is the same for all steps until rows come or go."""
         count, heads = self.num_rows, self._shape.heads
         self._first = min(self._start_B, default=0)
-        self._is_turned = self._value_LBKCD[0].stride(2) == 1
+        self._start_N = np.repeat(np.array(self._start_B, dtype=np.int64), heads)
         self._open_L = [(key[:count], value[:count]) for key, value in zip(self._key_LBKCD, self._value_LBKCD, strict=True)]
         self._flat_L = [(key.flatten(0, 1), value.flatten(0, 1)) for key, value in self._open_L]
         self._bias_N1C = None
-        if max(self._start_B, default=0) > self._first:
+        if not self._is_compiled and max(self._start_B, default=0) > self._first:
             column_C = torch.arange(self._key_LBKCD[0].shape[2], device=self._shape.device)
             hidden_BC = column_C < torch.tensor(self._start_B, device=column_C.device)[:, None]
             bias_BC = torch.zeros(hidden_BC.shape, dtype=self._shape.dtype, device=column_C.device)
@@ -211,12 +218,8 @@ class Tails:
 
 
 def _buffers(shape: KVShape, rows: int, columns: int, *, layers: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of each layer, [B, K, C, D], the latter perhaps turned in memory."""
-    is_turned = columns >= TURNED_WIDTH
-    columns += 16 if is_turned and columns % UNEVEN == 0 else 0
-    numbers = range(shape.layers if layers is None else layers)
-    sizes = (shape.dim, columns) if is_turned else (columns, shape.dim)
+    """Keys and values of each layer, [B, K, C, D]."""
+    size = (rows, shape.heads, columns, shape.dim)
     like = torch.empty(0, dtype=shape.dtype, device=shape.device)
-    keys = [like.new_empty(rows, shape.heads, columns, shape.dim) for _ in numbers]
-    values = [like.new_empty(rows, shape.heads, *sizes) for _ in numbers]
-    return keys, [value.mT for value in values] if is_turned else values
+    keys, values = ([like.new_empty(size) for _ in range(shape.layers if layers is None else layers)] for _ in range(2))
+    return keys, values

@@ -1,0 +1,56 @@
+"""Products of a row's few queries with keys and values that it alone reads, compiled by Numba for one core.
+
+A batched product of the BLAS spends its time on starting each of many small ones; these loops run as fast as memory gives.
+Decoding with SmolLM2-135M, contexts of 300: half of the time that torch.bmm takes. What is hidden is not read.
+Legend: N rows times key/value heads, Q queries of a head, C columns, W of them in use, from `first` on, D head dimension.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit
+
+from mas_hpc.rollout.native.kv_pool import KVShape
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
+
+compiled = njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+"""Sums in any order, so that they are vectors; infinities and nan are what they are."""
+
+
+def is_suited(like: KVShape) -> bool:
+    """Whether these loops are for keys and values `like` that; where torch has several threads, its products use them."""
+    return like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64) and torch.get_num_threads() == 1
+
+
+@compiled
+def scores(query_NQD: Floats, key_NCD: Floats, start_N: Ints, first: int, scaling: np.floating, score_NQW: Floats) -> None:
+    """Write the products with the keys; -inf in columns before `start_N`."""
+    for n in range(query_NQD.shape[0]):
+        start = start_N[n] - first
+        for q in range(query_NQD.shape[1]):
+            for w in range(start):
+                score_NQW[n, q, w] = -np.inf
+        for w in range(start, score_NQW.shape[2]):
+            for q in range(query_NQD.shape[1]):
+                total = 0 * scaling  # of the type of all
+                for d in range(query_NQD.shape[2]):
+                    total += query_NQD[n, q, d] * key_NCD[n, first + w, d]
+                score_NQW[n, q, w] = total * scaling
+
+
+@compiled
+def weigh(weight_NQW: Floats, value_NCD: Floats, start_N: Ints, first: int, sum_NQD: Floats) -> None:
+    """Write the weighted sums of the values from `start_N` on."""
+    for n in range(weight_NQW.shape[0]):
+        for q in range(weight_NQW.shape[1]):
+            for d in range(value_NCD.shape[2]):
+                sum_NQD[n, q, d] = 0
+        for w in range(start_N[n] - first, weight_NQW.shape[2]):
+            for q in range(weight_NQW.shape[1]):
+                weight = weight_NQW[n, q, w]
+                for d in range(value_NCD.shape[2]):
+                    sum_NQD[n, q, d] += weight * value_NCD[n, first + w, d]
