@@ -36,7 +36,7 @@ def scores(query_NQD: Floats, key_NCD: Floats, start_N: Ints, first: int, scalin
                 score_NQW[n, q, w] = -np.inf
         for w in range(start, score_NQW.shape[2]):
             for q in range(query_NQD.shape[1]):
-                total = 0 * scaling  # of the type of all
+                total = np.float32(0) * scaling  # float32, unless all are float64
                 for d in range(query_NQD.shape[2]):
                     total += query_NQD[n, q, d] * key_NCD[n, first + w, d]
                 score_NQW[n, q, w] = total * scaling
