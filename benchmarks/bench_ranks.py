@@ -2,7 +2,7 @@
 
 SmolLM2-135M in float32 plays a four-agent pipeline on generated sums; completions end by themselves, so lengths vary. Episodes
 a second of the phase itself (rollout/wall_s in metrics.jsonl): start-up and loading are left out. The machine must be quiet.
-Run: python -m benchmarks.bench_ranks [--quick]
+Run: python -m benchmarks.bench_ranks [ranks | schedules] [--quick]
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ team:
 {models}rollout: {{max_new_tokens: 32, max_rows: 16, num_tasks: {tasks}, placement: {placement}, schedule: {schedule}}}
 method: {{kind: at_grpo}}
 """
+TASKS = {"ranks": 96, "schedules": 32}
+"""Episodes. Of ranks, six times what one decodes at once: the end, where rows are few, weighs little."""
 Case = tuple[str, int, str, str, bool]  # name, ranks, placement, schedule, two models
 
 
@@ -74,21 +76,19 @@ def measure(cases: Sequence[Case], tasks: int, repeats: int) -> Mapping[str, flo
 
 
 def main() -> None:
-    """Measure, write results/ranks.json, print the table."""
+    """Measure, write results/ranks.json or results/schedules.json, print the table."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, once: to see that it runs")
+    parser.add_argument("what", nargs="?", choices=list(TASKS), default="ranks", help="two against one; or events, waves")
+    parser.add_argument("--quick", action="store_true", help="a little of the work, once: to see that it runs")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--no-waves", action="store_true", help="leave out turn-synchronous waves: a third less time")
     words = parser.parse_args()
-    quick = words.quick
-    cases: list[Case] = [
-        ("one", 1, "colocated", "events", False), ("colocated", 2, "colocated", "events", False),
-        ("colocated-waves", 2, "colocated", "waves", False), ("one-two-models", 1, "colocated", "events", True),
-        ("sharded", 2, "sharded", "events", True), ("sharded-waves", 2, "sharded", "waves", True),
-    ]  # fmt: skip
-    cases = [case for case in cases if not (words.no_waves and case[0].endswith("-waves"))]
-    tasks = 4 if quick else 96  # six times what a rank decodes at once: the end, where rows are few, weighs little
-    found = measure(cases, tasks, 1 if quick else words.repeats)
+    tasks, repeats = (4, 1) if words.quick else (TASKS[words.what], words.repeats)
+    events: list[Case] = [("colocated", 2, "colocated", "events", False), ("sharded", 2, "sharded", "events", True)]
+    if words.what == "ranks":
+        cases = [("one", 1, "colocated", "events", False), ("one-two-models", 1, "colocated", "events", True), *events]
+    else:
+        cases = [(f"{name}-waves", ranks, place, "waves", two) for name, ranks, place, _, two in events] + events
+    found = measure(cases, tasks, repeats)
 
     def row(name: str, peer: str, what: str, target: float) -> Row:
         return Row(
@@ -108,9 +108,9 @@ def main() -> None:
     ]
     notes = {
         "model": "SmolLM2-135M-Instruct, float32, temperature 1, at most 32 tokens, 16 rows a rank",
-        "runs": f"{words.repeats} of each, in turn; means",
+        "runs": f"{repeats} of each, in turn; means",
     }
-    report("ranks-quick" if quick else "ranks", rows, notes=notes)
+    report(f"{words.what}-quick" if words.quick else words.what, rows, notes=notes)
 
 
 if __name__ == "__main__":
