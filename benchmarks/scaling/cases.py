@@ -19,6 +19,8 @@ PER_RANK = {"rollout": 256, "train": 64, "step": 32}
 """Questions, documents, and questions with eight answers each; strong scaling shares out those of the most ranks."""
 STEPS = 5
 """Of which the first, which makes buffers and optimizer states, is left out."""
+START = "warm-start"
+"""One rank's run, whose model whole steps begin with: what several ranks warm up differs by rounding, which AdamW enlarges."""
 _NAME = re.compile(r"(rollout|train|step)-(weak|strong)-(\d+)-(\w+)(?:-r(\d+))?")
 
 
@@ -51,16 +53,16 @@ class Case:
         """File in configs/."""
         return {"rollout": "quickstart.yaml", "train": "sft.yaml", "step": "grpo.yaml"}[self.kind]
 
-    def overrides(self, *, most_ranks: int) -> list[str]:
-        """What the run changes of its configuration. most_ranks: of all runs that are compared."""
+    def overrides(self, *, most_ranks: int, runs: Path = Path("runs")) -> list[str]:
+        """What the run changes of its configuration. most_ranks: of all runs that are compared; runs: the folder of START."""
         size = PER_RANK[self.kind] * (self.ranks if self.mode == "weak" else most_ranks)
         common = [f"name={self.name}", "evaluation.num_tasks=4"]
         if self.kind == "rollout":
             return [*common, "warm_start=null", "data.num_train=4", f"data.num_test={size}", f"rollout.num_tasks={size}"]
         if self.kind == "train":
             return [*common, f"method.steps={STEPS}", f"method.batch_size={size}"]
-        few = ["warm_start.steps=150", "warm_start.batch_size=16", "method.eval_every=0"]
-        return [*common, *few, f"method.steps={STEPS}", f"method.tasks_per_step={size}"]
+        start = ["warm_start=null", f"model.path={runs / START / 'model'}", "method.eval_every=0"]
+        return [*common, *start, f"method.steps={STEPS}", f"method.tasks_per_step={size}"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +120,19 @@ def read_all(runs: Path) -> list[Found]:
     return [found for folder in sorted(runs.iterdir()) if folder.is_dir() and (found := read(folder))]
 
 
+def start_overrides() -> list[str]:
+    """What START changes of configs/grpo.yaml: after it, some answers are right and some are wrong."""
+    few = [
+        "warm_start.steps=150",
+        "warm_start.batch_size=16",
+        "method.eval_every=0",
+        "method.steps=1",
+        "method.tasks_per_step=4",
+    ]
+    return [f"name={START}", "evaluation.num_tasks=4", *few]
+
+
 def launch_words(case: Case, *, most_ranks: int, nodes: int, options: Sequence[str]) -> list[str]:
     """The command that runs a case on a site, through its scheduler."""
     start = ["mas-hpc", "launch", f"configs/{case.config}", "--site", case.starter, "--nodes", f"{nodes}", "--job", case.job]
-    return [*start, *options, *case.overrides(most_ranks=most_ranks)]
+    return [*start, *case.overrides(most_ranks=most_ranks), *options]

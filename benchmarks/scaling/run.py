@@ -15,7 +15,7 @@ from statistics import median
 
 from reporting import ROOT, Row, commit, cost_row, host, table, versions
 from rich.console import Console
-from scaling.cases import Case, Found, Kind, Mode, launch_words, read_all
+from scaling.cases import START, Case, Found, Kind, Mode, launch_words, read_all, start_overrides
 
 from mas_hpc.evaluation.report.plots import Panel, Series, draw
 
@@ -58,15 +58,22 @@ def run(case: Case, runs: Path, *, most_ranks: int, extra: Sequence[str]) -> Non
     module = ["-m", "mas_hpc"]
     python = module if case.starter == "torchrun" else [sys.executable, *module]
     words = [*start_words(case), *python, case.job, str(ROOT / "configs" / case.config)]
+    _wait(case.name, [*words, *case.overrides(most_ranks=most_ranks, runs=runs), *extra, f"runs_dir={runs}"])
+
+
+def warm_up(runs: Path) -> None:
+    """Make the model that whole steps begin with."""
+    words = [sys.executable, "-m", "mas_hpc", "train", str(ROOT / "configs" / "grpo.yaml"), *start_overrides()]
+    _wait(START, [*words, f"runs_dir={runs}"])
+
+
+def _wait(name: str, words: Sequence[str]) -> None:
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     }  # fmt: skip
-    done = subprocess.run(
-        [*words, *case.overrides(most_ranks=most_ranks), *extra, f"runs_dir={runs}"], capture_output=True, text=True,
-        check=False, env=environment,
-    )  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        raise SystemExit(f"{case.name}: exit {done.returncode}: {shlex.join(words)}\n{done.stderr[-3000:]}")
+        raise SystemExit(f"{name}: exit {done.returncode}: {shlex.join(words)}\n{done.stderr[-3000:]}")
 
 
 # ---- comparing
@@ -165,6 +172,7 @@ def main(*, quick: bool, repeats: int, extra: Sequence[str]) -> None:
     todo = cases(quick=quick, repeats=repeats)
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
+        warm_up(Path(folder))
         for case in todo:
             run(case, Path(folder), most_ranks=2 if quick else max(OVERSUBSCRIBED), extra=extra)
             print(case.name, flush=True)
@@ -184,7 +192,8 @@ def collect(runs: Path) -> None:
 
 
 def commands(site: str, nodes: Sequence[int], ranks_per_node: int, options: Sequence[str]) -> None:
-    """Print the commands that run all cases on a site."""
+    """Print the commands that run all cases on a site, after the one that makes the model they begin with."""
+    print(shlex.join(["mas-hpc", "train", "configs/grpo.yaml", *start_overrides()]))
     for kind in KINDS:
         for mode in MODES:
             for count in nodes:
