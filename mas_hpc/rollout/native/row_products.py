@@ -7,6 +7,9 @@ Legend: N rows times key/value heads, Q queries of a head, C columns, W of them 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,8 +20,19 @@ from mas_hpc.rollout.native.kv_pool import KVShape
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 
-compiled = njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-"""Sums in any order, so that they are vectors; infinities and nan are what they are."""
+Loop = TypeVar("Loop", bound=Callable[..., None])
+
+
+def compiled(loop: Loop) -> Loop:
+    """By Numba at the first call, and kept for the next process where Numba finds a folder that can be written.
+
+    Sums are made in any order, so that they are vectors; infinities and nan are what they are.
+    """
+    vectors = {"reassoc", "contract", "nsz"}
+    try:
+        return cast(Loop, njit(loop, error_model="numpy", fastmath=vectors, cache=True))
+    except RuntimeError:  # no such folder: seconds at the first step of each process
+        return cast(Loop, njit(loop, error_model="numpy", fastmath=vectors))
 
 
 def is_suited(like: KVShape) -> bool:
