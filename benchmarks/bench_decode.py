@@ -25,7 +25,6 @@ from mas_hpc.rollout.native.engine import NativeEngine
 
 HF = f"transformers {transformers.__version__} generate"
 BATCHES = (8, 32)
-REPEATS = 3
 
 
 def measure(model: Any, tokenizer: Any, scratch: Path, repeats: int, context: int, steps: int) -> dict[tuple[str, int], float]:
@@ -68,9 +67,11 @@ def main() -> None:
     """Measure, write results/decode.json, print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few steps, once: to see that it runs")
-    quick = parser.parse_args().quick
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that warms up; medians")
+    words = parser.parse_args()
+    quick = words.quick
     torch.set_num_threads(1)
-    repeats, context, steps = (1, 60, 4) if quick else (REPEATS, 300, 24)
+    repeats, context, steps = (1, 60, 4) if quick else (words.repeats, 300, 24)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         model, tokenizer = load_model(ModelConfig(path="smollm2"), seed=0)
         costs = measure(model, tokenizer, Path(scratch), repeats, context, steps)
@@ -78,6 +79,7 @@ def main() -> None:
     notes = {
         "model": "SmolLM2-135M-Instruct, float32, one thread, temperature 1, end of sequence off",
         "vllm": "its own process, compiled",
+        "rounds": f"{repeats}, after one that warms up; medians",
     }
     report("decode-quick" if quick else "decode", rows, notes=notes)
 
