@@ -1,7 +1,7 @@
 """Products of a row's few queries with keys and values that it alone reads, compiled by Numba for one core.
 
-A batched product of the BLAS spends its time on starting each of many small ones; these loops run as fast as memory gives.
-Decoding with SmolLM2-135M, contexts of 300: half of the time that torch.bmm takes. What is hidden is not read.
+A batched product of the BLAS spends time on starting each of many small ones; these loops wait for memory only, and do not
+read what is hidden.
 Legend: N rows times key/value heads, Q queries of a head, C columns, W of them in use, from `first` on, D head dimension.
 """
 
