@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long training waits for one, and how fast it is written and read, beside torch's own.
 
-Run: OMP_NUM_THREADS=1 python -m benchmarks.bench_checkpoint [--quick]
+Run: OMP_NUM_THREADS=1 python benchmarks/bench_checkpoint.py [--quick]
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 SmolLM2-135M in float32 plays a four-agent pipeline on generated sums; completions end by themselves, so lengths vary. Episodes
 a second of the phase itself (rollout/wall_s in metrics.jsonl): start-up and loading are left out. The machine must be quiet.
-Run: python -m benchmarks.bench_ranks [ranks | schedules] [--quick]
+Run: python benchmarks/bench_ranks.py [ranks | schedules] [--quick]
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct in float32, one thread a process, CPU seconds, end of sequence off. vLLM runs in an environment of its
 own (`make test-vllm` makes it); where there is none, its rows are missing. Takes three quarters of an hour on a quiet core.
-Run: OMP_NUM_THREADS=1 python -m benchmarks.bench_rollout [--quick]
+Run: OMP_NUM_THREADS=1 python benchmarks/bench_rollout.py [--quick]
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The models that are trained differ in size and shape from the one that calibrate measures passes of; calibration and steps take
 turns, so that drift of the machine hits both. The machine must be quiet.
-Run: python -m benchmarks.bench_scale [--quick]
+Run: python benchmarks/bench_scale.py [--quick]
 """
 
 from __future__ import annotations

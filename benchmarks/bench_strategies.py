@@ -3,7 +3,7 @@
 SmolLM2-135M in float32, two chains of 256 tokens a rank. The plain step is taken by two processes at once, which do not
 know of each other and have half the batch each: both sides share the machine's memory and cores alike, and what is left
 between them is communication. The ranks talk over gloo on one host. The machine must be quiet.
-Run: python -m benchmarks.bench_strategies [--quick]
+Run: python benchmarks/bench_strategies.py [--quick]
 """
 
 from __future__ import annotations
