@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # benchmarks are scripts that stand beside each other
 
-from scaling.cases import STEPS, Case, Found, launch_words, read_all
+from scaling.cases import START, STEPS, Case, Found, launch_words, read_all, start_overrides
 from scaling.control_plane import binding, outcome, simulated_rate
 from scaling.counted_store import CountedStore, Request
 from scaling.loads import MAX_MESSAGES, Level, Load, Network, burst, repeat, steadily
@@ -236,3 +236,6 @@ def test_the_same_case_is_a_job_of_a_site() -> None:
     words = launch_words(case, most_ranks=24, nodes=2, options=["-A", "PROJECT"])
     assert words[:9] == ["mas-hpc", "launch", "configs/grpo.yaml", "--site", "aurora", "--nodes", "2", "--job", "train"]
     assert {"name=step-weak-24-aurora-r0", "method.tasks_per_step=768"} <= set(words)
+    # All begin with one model, which no rank warms up anew; what the user adds comes last, so that it counts.
+    assert {"warm_start=null", f"model.path=runs/{START}/model"} <= set(words) and words[-2:] == ["-A", "PROJECT"]
+    assert f"name={START}" in start_overrides() and "warm_start=null" not in start_overrides()
