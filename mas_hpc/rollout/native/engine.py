@@ -133,7 +133,7 @@ class NativeEngine(RolloutEngine):
         if self._idle:
             return []
         wall_s, cpu_s, evicted = time.perf_counter(), time.process_time(), self._scheduler.tree.evicted
-        with torch.inference_mode(), self._runner.packed.used(), self._runner.norms.used():
+        with torch.inference_mode(), self._runner.packed.used(), self._runner.lean.used():
             while (row := self._scheduler.victim()) is not None:
                 self._set_back(row)
             for _ in range(STEPS_PER_POLL):

@@ -18,8 +18,8 @@ from mas_hpc.models.attention import Attend, hidden_states
 from mas_hpc.models.flex_attention import tree_attention
 from mas_hpc.prefix_tree import IntArray
 from mas_hpc.rollout.native.decode_attention import DecodeAttention
-from mas_hpc.rollout.native.fused_norms import FusedNorms
 from mas_hpc.rollout.native.kv_pool import KVPool
+from mas_hpc.rollout.native.lean_calls import LeanCalls
 from mas_hpc.rollout.native.packed_linear import PackedLinears
 from mas_hpc.rollout.native.prefill import Chunk
 
@@ -33,7 +33,7 @@ class Runner:
         self.tensor = group_of(model)
         self.vocabulary: int = self.head.out_features if self.tensor else len(self.head.weight)
         self.packed = PackedLinears(model)
-        self.norms = FusedNorms(model)
+        self.lean = LeanCalls(model)
         self._bank = bank
         self._device = model.device
 

@@ -45,7 +45,6 @@ class Tails:
         self.width = max(map(len, sources))
         self._shape = pool.shape
         self._is_compiled = row_products.is_suited(pool.shape)
-        self._nothing = torch.zeros(1, 1, 1, dtype=pool.shape.dtype, device=pool.shape.device)
         self._key_LBKCD, self._value_LBKCD = _buffers(pool.shape, len(sources), self.width + spare)
         self._start_B = [0] * len(sources)
         self._decoded_B = [0] * len(sources)
@@ -122,14 +121,13 @@ class Tails:
         width, key_NCD = self.width - self._first, self._flat_L[layer][0]
         if self._is_compiled:
             score_NQW = query_NQD.new_empty(*query_NQD.shape[:2], width)
-            query = query_NQD.contiguous().numpy()
-            factor = query.dtype.type(scaling)
-            row_products.scores(query, key_NCD.numpy(), self._start_N, self._first, factor, score_NQW.numpy())
+            query, key_NDC = (query_NQD * scaling).numpy(), key_NCD.mT.numpy()
+            row_products.multiply(query, key_NDC, 0, self._first, self._zero_N, self._start_N, score_NQW.numpy())
             return score_NQW
-        key_NWD = key_NCD.narrow(1, self._first, width)
+        key_NDW = key_NCD.narrow(1, self._first, width).mT
         if self._bias_N1C is None:
-            return torch.baddbmm(self._nothing, query_NQD, key_NWD.mT, beta=0, alpha=scaling)
-        return torch.baddbmm(self._bias_N1C.narrow(2, self._first, width), query_NQD, key_NWD.mT, alpha=scaling)
+            return torch.bmm(query_NQD * scaling, key_NDW)
+        return torch.baddbmm(self._bias_N1C.narrow(2, self._first, width), query_NQD, key_NDW, alpha=scaling)
 
     def weigh(self, layer: int, weight_NQW: Tensor) -> Tensor:
         """Weighted sums of the values, [N, Q, D]."""
@@ -137,15 +135,16 @@ class Tails:
         if self._is_compiled:
             sum_NQD = weight_NQW.new_empty(*weight_NQW.shape[:2], value_NCD.shape[2])
             weight = weight_NQW.contiguous().numpy()
-            row_products.weigh(weight, value_NCD.numpy(), self._start_N, self._first, sum_NQD.numpy())
+            row_products.multiply(weight, value_NCD.numpy(), self._first, 0, self._start_N, self._zero_N, sum_NQD.numpy())
             return sum_NQD
-        return torch.bmm(weight_NQW, value_NCD.narrow(1, self._first, self.width - self._first))
+        return torch.bmm(weight_NQW, value_NCD.narrow(1, self._first, weight_NQW.shape[2]))
 
     def _lay(self) -> None:
         """Prepare what is the same for all steps until rows come or go."""
         count, heads = self.num_rows, self._shape.heads
         self._first = min(self._start_B, default=0)
         self._start_N = np.repeat(np.array(self._start_B, dtype=np.int64), heads)
+        self._zero_N = np.zeros_like(self._start_N)
         self._open_L = [(key[:count], value[:count]) for key, value in zip(self._key_LBKCD, self._value_LBKCD, strict=True)]
         self._flat_L = [(key.flatten(0, 1), value.flatten(0, 1)) for key, value in self._open_L]
         self._bias_N1C = None
@@ -218,8 +217,11 @@ class Tails:
 
 
 def _buffers(shape: KVShape, rows: int, columns: int, *, layers: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of each layer, [B, K, C, D]."""
-    size = (rows, shape.heads, columns, shape.dim)
-    like = torch.empty(0, dtype=shape.dtype, device=shape.device)
-    keys, values = ([like.new_empty(size) for _ in range(shape.layers if layers is None else layers)] for _ in range(2))
+    """Keys and values of each layer, [B, K, C, D]; neighbours in memory are the columns of a key and the D of a value.
+
+    So each product reads rows of its matrix from front to back.
+    """
+    like, count = torch.empty(0, dtype=shape.dtype, device=shape.device), shape.layers if layers is None else layers
+    keys = [like.new_empty(rows, shape.heads, shape.dim, columns).mT for _ in range(count)]
+    values = [like.new_empty(rows, shape.heads, columns, shape.dim) for _ in range(count)]
     return keys, values

@@ -1,0 +1,100 @@
+"""RMS norms and rotary embeddings in fewer calls than the library makes: for few rows the calls take longer than the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mas_hpc.rollout.native.row_products import Floats, compiled
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+"""Whose norms and rotary embeddings compute what `rms_norm` and `Rotary` do, and nothing else."""
+ROTARY = "apply_rotary_pos_emb"
+"""What attention calls the library's function."""
+
+
+class LeanCalls:
+    """A model's RMS norms, those in float32 (the library computes others in float32, too), and its rotary embeddings."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [(type(module).__name__, module) for module in model.modules()]
+        norms = [module for name, module in modules if name in {f"{family}RMSNorm" for family in FAMILIES}]
+        attentions = [module for name, module in modules if name in {f"{family}Attention" for family in FAMILIES}]
+        self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for norm in norms:
+            (weight,) = norm.parameters()
+            if weight.dtype == torch.float32:
+                self._forwards.append((norm, partial(rms_norm, weight=weight, eps=cast(float, norm.variance_epsilon))))
+        rotary = Rotary()
+        for attention in attentions:
+            forward = type(attention).forward
+            if isinstance(forward, FunctionType) and ROTARY in forward.__code__.co_names:
+                self._forwards.append((attention, MethodType(_calling(forward, rotary), attention)))
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside, the model computes by these, from the weights as they are. For inference only: no gradient passes them."""
+        assert torch.is_inference_mode_enabled()
+        for module, forward in self._forwards:
+            setattr(module, "forward", forward)  # noqa: B010
+        try:
+            yield
+        finally:
+            for module, _ in self._forwards:
+                del module.forward
+
+
+class Rotary:
+    """Turns pairs of a query's and a key's elements by their angles, as the library's function does (arXiv 2104.09864).
+
+    That multiplies (-second half, first half) by the sines; here the sines carry the sign, once for all layers.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        """Return both turned; `cos` and `sin` lack their dimension of heads."""
+        half = sin.shape[-1] // 2
+        if sin is not self._seen:
+            self._seen, self._cos = sin, cos.unsqueeze(unsqueeze_dim)
+            self._sin = torch.cat([-sin[..., :half], sin[..., half:]], -1).unsqueeze(unsqueeze_dim)
+        turned_query = torch.addcmul(query * self._cos, query.roll(half, -1), self._sin)
+        return turned_query, torch.addcmul(key * self._cos, key.roll(half, -1), self._sin)
+
+
+def _calling(forward: FunctionType, rotary: Rotary) -> FunctionType:
+    """The library's own function, for which the name of the rotary embedding means ours."""
+    names = {**forward.__globals__, ROTARY: rotary}
+    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return weight * x / sqrt(mean(x^2) + eps) over the last dimension (arXiv 1910.07467), in float32."""
+    if x.device.type != "cpu" or torch.get_num_threads() > 1:
+        return F.rms_norm(x, tuple(weight.shape), weight, eps)
+    x_ND = x.reshape(-1, len(weight))
+    normed_ND = torch.empty(x_ND.shape)
+    _rms_norm(x_ND.numpy(), weight.detach().numpy(), np.float32(eps), normed_ND.numpy())
+    return normed_ND.view(x.shape)
+
+
+@compiled
+def _rms_norm(x_ND: Floats, weight_D: Floats, eps: np.float32, normed_ND: Floats) -> None:
+    for n in range(x_ND.shape[0]):
+        total = np.float32(0)
+        for d in range(x_ND.shape[1]):
+            total += x_ND[n, d] * x_ND[n, d]
+        scale = np.float32(1) / np.sqrt(total / np.float32(x_ND.shape[1]) + eps)
+        for d in range(x_ND.shape[1]):
+            normed_ND[n, d] = x_ND[n, d] * scale * weight_D[d]
