@@ -25,24 +25,32 @@ from mas_hpc.rollout.native.engine import NativeEngine
 
 HF = f"transformers {transformers.__version__} generate"
 BATCHES = (8, 32)
+SAMPLES = 3
+"""Of each engine and batch in a round."""
 
 
 def measure(model: Any, tokenizer: Any, scratch: Path, repeats: int, context: int, steps: int) -> dict[tuple[str, int], float]:
-    """Median CPU seconds of a step by engine and batch; each repeat asks all engines in turn, so that drift hits all alike."""
+    """CPU seconds of a step by engine and batch: the median of samples, each the mean of `steps` steps.
+
+    Each round asks all engines in turn, so that drift hits all alike.
+    """
     folder, peer = saved(model, tokenizer, scratch)
     engine = NativeEngine(model, tokenizer, max_rows=64)
-    decode = {"batches": list(BATCHES), "context": context, "steps": steps}
+    decode = {"batches": list(BATCHES) * SAMPLES, "context": context, "steps": steps}
+    decode_ours(engine, BATCHES[0], context, steps)  # warms up
+    decode_theirs(peer, BATCHES[0], context, steps)
     found: dict[tuple[str, int], list[float]] = {}
-    for repeat in range(repeats + 1):  # the first warms up
-        costs = {("ours", batch): decode_ours(engine, batch, context, steps) for batch in BATCHES}
-        costs |= {(HF, batch): decode_theirs(peer, batch, context, steps) for batch in BATCHES}
+    for _ in range(repeats):
+        costs = [("ours", batch, decode_ours(engine, batch, context, steps)) for batch in decode["batches"]]
+        costs += [(HF, batch, decode_theirs(peer, batch, context, steps)) for batch in decode["batches"]]
         if VLLM_PYTHON.exists():
             answer = vllm({"model": str(folder), "eager": False, "decode": decode})
             name = f"vllm {answer['versions']['vllm']} compiled"
-            costs |= {(name, one["batch"]): one["cpu_s_per_step"] for one in answer["decode"]}
-        print({f"{who}, {batch}": round(cost, 4) for (who, batch), cost in costs.items()}, flush=True)
-        for key, cost in costs.items() if repeat else ():
-            found.setdefault(key, []).append(cost)
+            costs += [(name, one["batch"], one["cpu_s_per_step"]) for one in answer["decode"]]
+        for who, batch, cost in costs:
+            found.setdefault((who, batch), []).append(cost)
+    for (who, batch), values in found.items():
+        print(f"{who}, batch {batch}: {' '.join(f'{value:.4f}' for value in values)}", flush=True)
     return {key: median(values) for key, values in found.items()}
 
 
@@ -67,11 +75,11 @@ def main() -> None:
     """Measure, write results/decode.json, print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few steps, once: to see that it runs")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that warms up; medians")
+    parser.add_argument("--repeats", type=int, default=2, help=f"rounds of {SAMPLES} samples")
     words = parser.parse_args()
     quick = words.quick
     torch.set_num_threads(1)
-    repeats, context, steps = (1, 60, 4) if quick else (words.repeats, 300, 24)
+    repeats, context, steps = (1, 60, 4) if quick else (words.repeats, 300, 32)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         model, tokenizer = load_model(ModelConfig(path="smollm2"), seed=0)
         costs = measure(model, tokenizer, Path(scratch), repeats, context, steps)
@@ -79,7 +87,7 @@ def main() -> None:
     notes = {
         "model": "SmolLM2-135M-Instruct, float32, one thread, temperature 1, end of sequence off",
         "vllm": "its own process, compiled",
-        "rounds": f"{repeats}, after one that warms up; medians",
+        "samples": f"{repeats} rounds of {SAMPLES}, each the mean of {steps} steps; medians",
     }
     report("decode-quick" if quick else "decode", rows, notes=notes)
 

@@ -37,7 +37,6 @@ from mas_hpc.rollout.native.engine import NativeEngine
 HF = f"transformers {transformers.__version__} generate"
 AGENTS = ("solver", "critic", "reviser", "verifier")
 TARGETS = AdapterConfig().target_modules
-REPEATS = 3
 
 
 def workloads(quick: bool) -> tuple[Groups, Pipeline]:
@@ -60,10 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a tenth of the work, once: to see that it runs")
     parser.add_argument("--lora", action="store_true", help="vLLM with an adapter an agent too: a quarter of an hour more")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side, in turn; medians")
     words = parser.parse_args()
     quick = words.quick
     torch.set_num_threads(1)
-    repeats = 1 if quick else REPEATS
+    repeats = 1 if quick else words.repeats
     groups, pipeline = workloads(quick)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         model, tokenizer = load_model(ModelConfig(path="smollm2"), seed=0)
@@ -72,6 +72,7 @@ def main() -> None:
         rows += pipeline_rows(pipeline, model, tokenizer, peer, folder, repeats, with_vllm=words.lora)
     notes = {
         "model": "SmolLM2-135M-Instruct, float32, one thread, temperature 1, end of sequence off, forced lengths",
+        "repeats": f"{repeats}, in turn; medians",
         "transformers": "left-padded batches of 32, each as long as its longest completion",
         "vllm": "its own process, compiled, with adapters eager; prefix caching on",
         "pipeline": "4 agents, K=4 siblings a state, cue 16; ours: speaker scope, one engine; theirs: an adapter each in turn",
