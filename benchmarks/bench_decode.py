@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from reporting import Row, cost_row, report
-from rollout_peers import VLLM_PYTHON, decode_ours, decode_theirs, hardware, saved, vllm
+from rollout_peers import VLLM, VLLM_PYTHON, decode_ours, decode_theirs, hardware, saved
 
 from mas_hpc.config import ModelConfig
 from mas_hpc.models.load import load_model
@@ -25,33 +27,45 @@ from mas_hpc.rollout.native.engine import NativeEngine
 
 HF = f"transformers {transformers.__version__} generate"
 BATCHES = (8, 32)
-SAMPLES = 3
-"""Of each engine and batch in a round."""
 
 
-def measure(model: Any, tokenizer: Any, scratch: Path, repeats: int, context: int, steps: int) -> dict[tuple[str, int], float]:
-    """CPU seconds of a step by engine and batch: the median of samples, each the mean of `steps` steps.
+Measure = Callable[[int, int, int], float]  # batch, context, steps -> CPU seconds of a step
 
-    Each round asks all engines in turn, so that drift hits all alike.
+
+def measure(sides: Mapping[str, Measure], repeats: int, context: int, steps: int) -> dict[tuple[str, int], float]:
+    """CPU seconds of a step by engine and batch: medians of samples, each the mean of `steps` steps.
+
+    All engines take one sample in turn, seconds apart, so that what others do to the memory hits all alike.
     """
-    folder, peer = saved(model, tokenizer, scratch)
-    engine = NativeEngine(model, tokenizer, max_rows=64)
-    decode = {"batches": list(BATCHES) * SAMPLES, "context": context, "steps": steps}
-    decode_ours(engine, BATCHES[0], context, steps)  # warms up
-    decode_theirs(peer, BATCHES[0], context, steps)
     found: dict[tuple[str, int], list[float]] = {}
-    for _ in range(repeats):
-        costs = [("ours", batch, decode_ours(engine, batch, context, steps)) for batch in decode["batches"]]
-        costs += [(HF, batch, decode_theirs(peer, batch, context, steps)) for batch in decode["batches"]]
-        if VLLM_PYTHON.exists():
-            answer = vllm({"model": str(folder), "eager": False, "decode": decode})
-            name = f"vllm {answer['versions']['vllm']} compiled"
-            costs += [(name, one["batch"], one["cpu_s_per_step"]) for one in answer["decode"]]
-        for who, batch, cost in costs:
-            found.setdefault((who, batch), []).append(cost)
+    for number in range(repeats + 1):  # the first sample warms up
+        for batch in BATCHES:
+            for who, cost in sides.items():
+                value = cost(batch, context, steps)
+                if number:
+                    found.setdefault((who, batch), []).append(value)
     for (who, batch), values in found.items():
         print(f"{who}, batch {batch}: {' '.join(f'{value:.4f}' for value in values)}", flush=True)
     return {key: median(values) for key, values in found.items()}
+
+
+@contextmanager
+def sides_of(model: Any, tokenizer: Any, scratch: Path) -> Iterator[dict[str, Measure]]:
+    """The engines, by name; vLLM where it is installed."""
+    folder, peer = saved(model, tokenizer, scratch)
+    engine = NativeEngine(model, tokenizer, max_rows=64)
+    sides: dict[str, Measure] = {"ours": partial(decode_ours, engine), HF: partial(decode_theirs, peer)}
+    if not VLLM_PYTHON.exists():
+        yield sides
+        return
+    with VLLM() as vllm:
+        answer = vllm.ask({"model": str(folder), "eager": False})
+
+        def decode_vllm(batch: int, context: int, steps: int) -> float:
+            found = vllm.ask({"decode": {"batches": [batch], "context": context, "steps": steps}})
+            return float(found["decode"][0]["cpu_s_per_step"])
+
+        yield sides | {f"vllm {answer['versions']['vllm']} compiled": decode_vllm}
 
 
 def rows_of(costs: Mapping[tuple[str, int], float], parameters: int, context: int) -> list[Row]:
@@ -75,19 +89,20 @@ def main() -> None:
     """Measure, write results/decode.json, print the table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="few steps, once: to see that it runs")
-    parser.add_argument("--repeats", type=int, default=2, help=f"rounds of {SAMPLES} samples")
+    parser.add_argument("--repeats", type=int, default=7, help="samples of each, in turn, after one that warms up; medians")
     words = parser.parse_args()
     quick = words.quick
     torch.set_num_threads(1)
     repeats, context, steps = (1, 60, 4) if quick else (words.repeats, 300, 32)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         model, tokenizer = load_model(ModelConfig(path="smollm2"), seed=0)
-        costs = measure(model, tokenizer, Path(scratch), repeats, context, steps)
+        with sides_of(model, tokenizer, Path(scratch)) as sides:
+            costs = measure(sides, repeats, context, steps)
     rows = rows_of(costs, sum(parameter.numel() for parameter in model.parameters()), context)
     notes = {
         "model": "SmolLM2-135M-Instruct, float32, one thread, temperature 1, end of sequence off",
         "vllm": "its own process, compiled",
-        "samples": f"{repeats} rounds of {SAMPLES}, each the mean of {steps} steps; medians",
+        "samples": f"{repeats} of each, in turn, each the mean of {steps} steps; medians",
     }
     report("decode-quick" if quick else "decode", rows, notes=notes)
 

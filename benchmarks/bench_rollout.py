@@ -19,6 +19,7 @@ import transformers
 from peft import PeftModel
 from reporting import Row, cost_row, cpu_seconds, report
 from rollout_peers import (
+    VLLM,
     VLLM_PYTHON,
     Groups,
     Pipeline,
@@ -26,7 +27,6 @@ from rollout_peers import (
     random_tokens,
     saved,
     varied_lengths,
-    vllm,
 )
 
 from mas_hpc.config import AdapterConfig, ModelConfig
@@ -89,7 +89,9 @@ def group_rows(groups: Groups, model: Any, tokenizer: Any, peer: Any, folder: Pa
     )
     rows = [cost_row(case=case, metric="cpu_s", ours=median(ours), peer=HF, theirs=median(theirs), target=4.0)]
     if VLLM_PYTHON.exists():
-        answer = vllm({"model": str(folder), "max_rows": 64, "eager": False, "cases": [groups.case("groups")] * repeats})
+        job = {"model": str(folder), "max_rows": 64, "eager": False, "cases": [groups.case("groups")] * repeats}
+        with VLLM() as vllm:
+            answer = vllm.ask(job)
         name = f"vllm {answer['versions']['vllm']}"
         costs = [one["cpu_s"] for one in answer["cases"]]
         rows.append(cost_row(case=case, metric="cpu_s", ours=median(ours), peer=name, theirs=median(costs), target=1.0))
@@ -138,7 +140,8 @@ def pipeline_rows(
             "adapters": {agent: str(path) for agent, path in adapters.items()},
             "cases": turns * repeats,
         }
-        answer = vllm(job)
+        with VLLM() as vllm:
+            answer = vllm.ask(job)
         whole = sum(one["cpu_s"] for one in answer["cases"])
         name = f"vllm {answer['versions']['vllm']}, LoRA, eager, once"
         rows.append(cost_row(case=case, metric="cpu_s", ours=median(ours), peer=name, theirs=whole, target=0.0))

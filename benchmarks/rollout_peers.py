@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -196,15 +197,31 @@ def decode_ours(engine: NativeEngine, batch: int, context: int, steps: int) -> f
     return spent.cpu_s / spent.steps
 
 
-def vllm(job: dict[str, Any]) -> dict[str, Any]:
-    """The answer of vllm_peer.py."""
-    done = subprocess.run(
-        [str(VLLM_PYTHON), str(Path(__file__).with_name("vllm_peer.py"))], input=json.dumps(job), capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"vllm_peer.py failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout)
+class VLLM:
+    """vllm_peer.py, which holds one engine as long as this context is open."""
+
+    def __enter__(self) -> VLLM:
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [str(VLLM_PYTHON), str(Path(__file__).with_name("vllm_peer.py"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors, text=True,
+        )  # fmt: skip
+        return self
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a job; the first one describes the engine."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{json.dumps(job)}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            self._errors.seek(0)
+            raise SystemExit(f"vllm_peer.py failed:\n{self._errors.read()[-2000:]}")
+        return json.loads(answer)
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+        self._errors.close()
 
 
 def hardware() -> tuple[float, float]:

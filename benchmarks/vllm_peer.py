@@ -1,13 +1,14 @@
 """vLLM's CPU engine as a peer of bench_rollout.py: run with the Python of an environment that has it, and nothing of ours.
 
-A job comes as JSON on stdin, the result goes as JSON to stdout (vLLM's own log to stderr). Float32, one thread, the engine
-in this process, so that `time.process_time` sees all of it. Completions have a forced length.
+A job comes as a line of JSON on stdin, its result goes as one to stdout (vLLM's own log to stderr). The first describes the
+engine, which later ones go on with. Float32, one thread, the engine in this process, so that `time.process_time` sees all of
+it. Completions have a forced length.
 
     {"model": "folder", "adapters": {"solver": "folder"}, "max_rows": 64, "prefix_caching": true, "eager": false,
      "cases": [{"name": "groups", "prompts": [[1, 5], [1, 5]], "new_tokens": [40, 12], "adapters": ["solver", null]}],
      "decode": {"batches": [1, 8, 32], "context": 300, "steps": 32}, "prefill": {"prompts": 8, "length": 300}}
 
-Every key but `model` may be left out; vLLM's CPU build compiles no model with adapters, so these make it eager.
+Every key may be left out, but `model` in the first; vLLM's CPU build compiles no model with adapters, so these make it eager.
 `new_tokens` has one number a prompt; `adapters` of a case, one name or null a prompt. Prefixes are forgotten before a case,
 unless its "fresh" is false.
 Run: .venv-vllm/bin/python benchmarks/vllm_peer.py < job.json
@@ -122,20 +123,23 @@ class Peer:
 
 
 def main() -> None:
-    """Serve the job."""
+    """Serve the jobs with the engine that the first describes; answer each by a line."""
     result, sys.stdout = sys.stdout, sys.stderr
-    job = json.load(sys.stdin)
     torch.set_num_threads(1)
-    peer = Peer(job)
-    decode, prefill = job.get("decode"), job.get("prefill")
-    peer.prefill(1, 32)
-    answer = {
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
-        "prefill": peer.prefill(**prefill) if prefill else None,
-        "decode": [peer.decode(batch, decode["context"], decode["steps"]) for batch in decode["batches"]] if decode else [],
-        "cases": [peer.case(case) for case in job.get("cases", [])],
-    }
-    print(json.dumps(answer), file=result)
+    peer: Peer | None = None
+    for line in sys.stdin:
+        job = json.loads(line)
+        if peer is None:
+            peer = Peer(job)
+            peer.prefill(1, 32)
+        decode, prefill = job.get("decode"), job.get("prefill")
+        answer = {
+            "versions": {"vllm": vllm.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+            "prefill": peer.prefill(**prefill) if prefill else None,
+            "decode": [peer.decode(batch, decode["context"], decode["steps"]) for batch in decode["batches"]] if decode else [],
+            "cases": [peer.case(case) for case in job.get("cases", [])],
+        }
+        print(json.dumps(answer), file=result, flush=True)
 
 
 if __name__ == "__main__":
