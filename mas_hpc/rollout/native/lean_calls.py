@@ -27,28 +27,28 @@ class LeanCalls:
     def __init__(self, model: nn.Module) -> None:
         modules = [(type(module).__name__, module) for module in model.modules()]
         norms = [module for name, module in modules if name in {f"{family}RMSNorm" for family in FAMILIES}]
-        attentions = [module for name, module in modules if name in {f"{family}Attention" for family in FAMILIES}]
-        self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
-        for norm in norms:
-            (weight,) = norm.parameters()
-            if weight.dtype == torch.float32:
-                self._forwards.append((norm, partial(rms_norm, weight=weight, eps=cast(float, norm.variance_epsilon))))
+        self._norms = [norm for norm in norms if next(norm.parameters()).dtype == torch.float32]
+        self._attentions: list[tuple[nn.Module, Callable[..., Any]]] = []
         rotary = Rotary()
-        for attention in attentions:
+        for attention in [module for name, module in modules if name in {f"{family}Attention" for family in FAMILIES}]:
             forward = type(attention).forward
             if isinstance(forward, FunctionType) and ROTARY in forward.__code__.co_names:
-                self._forwards.append((attention, MethodType(_calling(forward, rotary), attention)))
+                self._attentions.append((attention, MethodType(_calling(forward, rotary), attention)))
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Inside, the model computes by these, from the weights as they are. For inference only: no gradient passes them."""
         assert torch.is_inference_mode_enabled()
-        for module, forward in self._forwards:
+        forwards = list(self._attentions)
+        for norm in self._norms:  # a weight may be another tensor than before
+            eps = cast(float, norm.variance_epsilon)
+            forwards.append((norm, partial(rms_norm, weight=next(norm.parameters()), eps=eps)))
+        for module, forward in forwards:
             setattr(module, "forward", forward)  # noqa: B010
         try:
             yield
         finally:
-            for module, _ in self._forwards:
+            for module, _ in forwards:
                 del module.forward
 
 
