@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mas_hpc.rollout.native import row_products
 from mas_hpc.rollout.native.decode_attention import DecodeAttention
 from mas_hpc.rollout.native.decode_layout import LENGTH_SLACK_TOKENS, WORTH_SHARING, lay_out
 from mas_hpc.rollout.native.kv_pool import KVPool, KVShape
@@ -71,11 +70,9 @@ class Batch:
         return ((query_KQD @ key_KTD.mT * 0.5).softmax(-1) @ value_KTD).flatten(0, 1)
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "torch"])
-def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Batch:
-    """With products of either kind."""
+@pytest.fixture
+def batch() -> Batch:
     torch.manual_seed(0)
-    monkeypatch.setattr(row_products, "is_suited", lambda like: request.param)
     return Batch()
 
 

@@ -8,15 +8,12 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mas_hpc.rollout.native.row_products import Floats, compiled
-
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
-"""Whose norms and rotary embeddings compute what `rms_norm` and `Rotary` do, and nothing else."""
+"""Whose norms and rotary embeddings compute what torch's op and `Rotary` do, and nothing else."""
 ROTARY = "apply_rotary_pos_emb"
 """What attention calls the library's function."""
 
@@ -41,8 +38,8 @@ class LeanCalls:
         assert torch.is_inference_mode_enabled()
         forwards = list(self._attentions)
         for norm in self._norms:  # a weight may be another tensor than before
-            eps = cast(float, norm.variance_epsilon)
-            forwards.append((norm, partial(rms_norm, weight=next(norm.parameters()), eps=eps)))
+            weight, eps = next(norm.parameters()), cast(float, norm.variance_epsilon)
+            forwards.append((norm, partial(F.rms_norm, normalized_shape=tuple(weight.shape), weight=weight, eps=eps)))
         for module, forward in forwards:
             setattr(module, "forward", forward)  # noqa: B010
         try:
@@ -77,24 +74,3 @@ def _calling(forward: FunctionType, rotary: Rotary) -> FunctionType:
     copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return weight * x / sqrt(mean(x^2) + eps) over the last dimension (arXiv 1910.07467), in float32."""
-    if x.device.type != "cpu" or torch.get_num_threads() > 1:
-        return F.rms_norm(x, tuple(weight.shape), weight, eps)
-    x_ND = x.reshape(-1, len(weight))
-    normed_ND = torch.empty(x_ND.shape)
-    _rms_norm(x_ND.numpy(), weight.detach().numpy(), np.float32(eps), normed_ND.numpy())
-    return normed_ND.view(x.shape)
-
-
-@compiled
-def _rms_norm(x_ND: Floats, weight_D: Floats, eps: np.float32, normed_ND: Floats) -> None:
-    for n in range(x_ND.shape[0]):
-        total = np.float32(0)
-        for d in range(x_ND.shape[1]):
-            total += x_ND[n, d] * x_ND[n, d]
-        scale = np.float32(1) / np.sqrt(total / np.float32(x_ND.shape[1]) + eps)
-        for d in range(x_ND.shape[1]):
-            normed_ND[n, d] = x_ND[n, d] * scale * weight_D[d]

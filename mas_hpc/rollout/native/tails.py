@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mas_hpc.prefix_tree import IntArray
-from mas_hpc.rollout.native import row_products
 from mas_hpc.rollout.native.kv_pool import KVPool, KVShape
 
 CAPACITY_STEP = 32
@@ -44,7 +43,6 @@ class Tails:
     def __init__(self, sources: Sequence[Source], pool: KVPool, *, spare: int) -> None:
         self.width = max(map(len, sources))
         self._shape = pool.shape
-        self._is_compiled = row_products.is_suited(pool.shape)
         self._key_LBKCD, self._value_LBKCD = _buffers(pool.shape, len(sources), self.width + spare)
         self._start_B = [0] * len(sources)
         self._decoded_B = [0] * len(sources)
@@ -118,37 +116,23 @@ class Tails:
 
     def scores(self, layer: int, query_NQD: Tensor, scaling: float) -> Tensor:
         """Products with the keys, [N, Q, W]; -inf in columns before a row's."""
-        width, key_NCD = self.width - self._first, self._flat_L[layer][0]
-        if self._is_compiled:
-            score_NQW = query_NQD.new_empty(*query_NQD.shape[:2], width)
-            query, key_NDC = (query_NQD * scaling).numpy(), key_NCD.mT.numpy()
-            row_products.multiply(query, key_NDC, 0, self._first, self._zero_N, self._start_N, score_NQW.numpy())
-            return score_NQW
-        key_NDW = key_NCD.narrow(1, self._first, width).mT
+        key_NWD = self._flat_L[layer][0].narrow(1, self._first, self.width - self._first)
         if self._bias_N1C is None:
-            return torch.bmm(query_NQD * scaling, key_NDW)
-        return torch.baddbmm(self._bias_N1C.narrow(2, self._first, width), query_NQD, key_NDW, alpha=scaling)
+            return torch.bmm(query_NQD * scaling, key_NWD.mT)
+        return torch.baddbmm(self._bias_N1C.narrow(2, self._first, key_NWD.shape[1]), query_NQD, key_NWD.mT, alpha=scaling)
 
     def weigh(self, layer: int, weight_NQW: Tensor) -> Tensor:
         """Weighted sums of the values, [N, Q, D]."""
-        value_NCD = self._flat_L[layer][1]
-        if self._is_compiled:
-            sum_NQD = weight_NQW.new_empty(*weight_NQW.shape[:2], value_NCD.shape[2])
-            weight = weight_NQW.contiguous().numpy()
-            row_products.multiply(weight, value_NCD.numpy(), self._first, 0, self._start_N, self._zero_N, sum_NQD.numpy())
-            return sum_NQD
-        return torch.bmm(weight_NQW, value_NCD.narrow(1, self._first, weight_NQW.shape[2]))
+        return torch.bmm(weight_NQW, self._flat_L[layer][1].narrow(1, self._first, weight_NQW.shape[2]))
 
     def _lay(self) -> None:
         """Prepare what is the same for all steps until rows come or go."""
         count, heads = self.num_rows, self._shape.heads
         self._first = min(self._start_B, default=0)
-        self._start_N = np.repeat(np.array(self._start_B, dtype=np.int64), heads)
-        self._zero_N = np.zeros_like(self._start_N)
         self._open_L = [(key[:count], value[:count]) for key, value in zip(self._key_LBKCD, self._value_LBKCD, strict=True)]
         self._flat_L = [(key.flatten(0, 1), value.flatten(0, 1)) for key, value in self._open_L]
         self._bias_N1C = None
-        if not self._is_compiled and max(self._start_B, default=0) > self._first:
+        if max(self._start_B, default=0) > self._first:
             column_C = torch.arange(self._key_LBKCD[0].shape[2], device=self._shape.device)
             hidden_BC = column_C < torch.tensor(self._start_B, device=column_C.device)[:, None]
             bias_BC = torch.zeros(hidden_BC.shape, dtype=self._shape.dtype, device=column_C.device)
