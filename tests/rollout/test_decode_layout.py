@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mas_hpc.rollout.native import tails
 from mas_hpc.rollout.native.decode_attention import DecodeAttention
 from mas_hpc.rollout.native.decode_layout import LENGTH_SLACK_TOKENS, WORTH_SHARING, lay_out
 from mas_hpc.rollout.native.kv_pool import KVPool, KVShape
@@ -70,9 +71,10 @@ class Batch:
         return ((query_KQD @ key_KTD.mT * 0.5).softmax(-1) @ value_KTD).flatten(0, 1)
 
 
-@pytest.fixture
-def batch() -> Batch:
+@pytest.fixture(params=[True, False], ids=["turned keys", "keys as on accelerators"])
+def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Batch:
     torch.manual_seed(0)
+    monkeypatch.setattr(tails, "keys_are_turned", lambda device: request.param)
     return Batch()
 
 

@@ -200,12 +200,18 @@ class Tails:
                     part[:, :, self.width - count : self.width].index_copy_(0, place_B, found)
 
 
-def _buffers(shape: KVShape, rows: int, columns: int, *, layers: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of each layer, [B, K, C, D]; neighbours in memory are the columns of a key and the D of a value.
+def keys_are_turned(device: torch.device) -> bool:
+    """Whether neighbours in memory are the columns of a key, and not its elements.
 
-    So each product reads rows of its matrix from front to back.
+    So a CPU's BLAS reads both buffers from front to back. On an accelerator elements make rows of a multiple of 16 bytes.
     """
-    like, count = torch.empty(0, dtype=shape.dtype, device=shape.device), shape.layers if layers is None else layers
-    keys = [like.new_empty(rows, shape.heads, shape.dim, columns).mT for _ in range(count)]
-    values = [like.new_empty(rows, shape.heads, columns, shape.dim) for _ in range(count)]
-    return keys, values
+    return device.type == "cpu"
+
+
+def _buffers(shape: KVShape, rows: int, columns: int, *, layers: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of each layer, [B, K, C, D]."""
+    like, numbers = torch.empty(0, dtype=shape.dtype, device=shape.device), range(shape.layers if layers is None else layers)
+    values = [like.new_empty(rows, shape.heads, columns, shape.dim) for _ in numbers]
+    if not keys_are_turned(shape.device):
+        return [torch.empty_like(value) for value in values], values
+    return [like.new_empty(rows, shape.heads, shape.dim, columns).mT for _ in numbers], values
