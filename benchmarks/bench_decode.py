@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct in float32, one thread a process, CPU seconds. Decoding reads memory all the time: other work on the
 machine, also on other cores, slows it. vLLM runs in an environment of its own (`make test-vllm` makes it).
-Run: OMP_NUM_THREADS=1 python benchmarks/bench_decode.py [--quick]
+Six samples of each took 18 minutes.
+Run: OMP_NUM_THREADS=1 python benchmarks/bench_decode.py [--quick] [--repeats N]
 """
 
 from __future__ import annotations

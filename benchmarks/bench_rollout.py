@@ -1,8 +1,8 @@
 """Rollout on one core: the native engine, transformers' `generate` in batches, and vLLM's CPU build, same prompts and lengths.
 
 SmolLM2-135M-Instruct in float32, one thread a process, CPU seconds, end of sequence off. vLLM runs in an environment of its
-own (`make test-vllm` makes it); where there is none, its rows are missing. Takes three quarters of an hour on a quiet core.
-Run: OMP_NUM_THREADS=1 python benchmarks/bench_rollout.py [--quick]
+own (`make test-vllm` makes it); where there is none, its rows are missing. One of each takes a quarter of an hour.
+Run: OMP_NUM_THREADS=1 python benchmarks/bench_rollout.py [--quick] [--lora] [--repeats N]
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -211,8 +212,9 @@ class VLLM:
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """The answer to a job; the first one describes the engine."""
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(f"{json.dumps(job)}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: the missing answer says so
+            self._process.stdin.write(f"{json.dumps(job)}\n")
+            self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             self._errors.seek(0)

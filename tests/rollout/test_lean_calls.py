@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,7 +65,5 @@ def test_modules_that_compute_something_else_stay_as_they_are() -> None:
     others = nn.ModuleList(
         [GemmaRMSNorm(8), Qwen3RMSNorm(8).bfloat16(), Qwen3RMSNorm(8).double(), nn.LayerNorm(8), attention]
     )  # fmt: skip
-    before = copy.copy([vars(module) for module in others])
     with torch.inference_mode(), LeanCalls(others).used():
-        assert [vars(module) for module in others] == before
         assert not any("forward" in vars(module) for module in others)

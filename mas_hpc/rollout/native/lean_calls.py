@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 """Whose norms and rotary embeddings compute what torch's op and `Rotary` do, and nothing else."""
+RMS_NORMS = frozenset(f"{family}RMSNorm" for family in FAMILIES)
+ATTENTIONS = frozenset(f"{family}Attention" for family in FAMILIES)
 ROTARY = "apply_rotary_pos_emb"
 """What attention calls the library's function."""
 
@@ -23,11 +25,11 @@ class LeanCalls:
 
     def __init__(self, model: nn.Module) -> None:
         modules = [(type(module).__name__, module) for module in model.modules()]
-        norms = [module for name, module in modules if name in {f"{family}RMSNorm" for family in FAMILIES}]
+        norms = [module for name, module in modules if name in RMS_NORMS]
         self._norms = [norm for norm in norms if next(norm.parameters()).dtype == torch.float32]
         self._attentions: list[tuple[nn.Module, Callable[..., Any]]] = []
         rotary = Rotary()
-        for attention in [module for name, module in modules if name in {f"{family}Attention" for family in FAMILIES}]:
+        for attention in [module for name, module in modules if name in ATTENTIONS]:
             forward = type(attention).forward
             if isinstance(forward, FunctionType) and ROTARY in forward.__code__.co_names:
                 self._attentions.append((attention, MethodType(_calling(forward, rotary), attention)))
